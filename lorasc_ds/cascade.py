@@ -1,0 +1,250 @@
+"""Opens and closes experts: the only place where the algorithm, the adapters and the backend meet.
+
+A boundary happens in place, inside the live model: the same tensors, the same optimizer object, the same
+ledger. Nothing is torn down and nothing grows.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lorasc_ds.adapters import AdaptedWeight
+from lorasc_ds.algorithm import experts, merge
+from lorasc_ds.algorithm.experts import Pair
+from lorasc_ds.algorithm.ledger import Ledger, digest
+from lorasc_ds.algorithm.noise import Purpose, Stream
+from lorasc_ds.algorithm.plan import Expert
+from lorasc_ds.errors import DivergedError
+from lorasc_ds.sharding import Backend, Slice
+
+MAX_BOUNDARY_DRIFT = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
+
+
+@dataclass(frozen=True, slots=True)
+class Opening:
+    """What opening an expert did.
+
+    Args:
+        noise_scale: c by name; 0 without noise.
+        noise_change: change of the probe's logits by the noise, as `relative_change`.
+        seconds: wall time, probes included.
+    """
+
+    noise_scale: dict[str, float]
+    noise_change: float
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Closing:
+    """What closing an expert did, over all adapted weights.
+
+    Args:
+        norm: Frobenius norm of what was merged, D(slow).
+        std: its standard deviation, by name.
+        overlap: cosine between D(slow) and the D(slow) merged before; None at the first expert.
+        lost: share of D(slow), in norm, that the weights in use do not show, by rounding.
+        averaging_change: change of the probe's logits as fast becomes slow; 0 with α = 0.
+        drift: change of the probe's logits by the merge alone; bounded.
+        seconds: wall time, probes included.
+    """
+
+    norm: float
+    std: dict[str, float]
+    overlap: float | None
+    lost: float
+    averaging_change: float
+    drift: float
+    seconds: float
+
+
+def relative_change(before: Tensor, after: Tensor) -> float:
+    """max |Δ logit| / std(logits)."""
+    return float((after - before).abs().max() / before.std())
+
+
+class Cascade:
+    """The slow expert, the accumulators and the boundaries of one run.
+
+    Args:
+        weights: the adapted weights in ledger order.
+        backend: edits them wherever they live.
+        ledger: gets every expert that closes; its seed draws the pairs and the noise.
+        slow_retention: α of eqs. 10 and 11.
+        noise_intensity: λ of eq. 8.
+        probe: logits of a fixed batch in evaluation mode, float32.
+        accumulator: `device`, or `host` memory, for the float32 sums behind bfloat16 weights.
+        max_boundary_drift: see `CascadeConfig`; None: by dtype.
+    """
+
+    def __init__(
+        self,
+        weights: Sequence[AdaptedWeight],
+        backend: Backend,
+        ledger: Ledger,
+        *,
+        slow_retention: float,
+        noise_intensity: float,
+        probe: Callable[[], Tensor],
+        accumulator: str = "device",
+        max_boundary_drift: float | None = None,
+    ) -> None:
+        self.weights = weights
+        self.backend = backend
+        self.ledger = ledger
+        self.slow_retention = slow_retention
+        self.noise_intensity = noise_intensity
+        self.probe = probe
+        self.max_boundary_drift = max_boundary_drift or MAX_BOUNDARY_DRIFT[weights[0].weight.dtype]
+        self.slow: dict[str, Pair] = {}
+        self.noise_scale: dict[str, float] = {}
+        self.accumulators: dict[str, Tensor] = {}
+        for one in weights:
+            if one.weight.dtype != torch.float32:  # a float32 weight is its own accumulator
+                with backend.edit(one.weight) as part:
+                    device = part.flat.device if accumulator == "device" else torch.device("cpu")
+                    self.accumulators[one.name] = part.flat.to(device, torch.float32)
+
+    def accumulator_of(self, one: AdaptedWeight, part: Slice) -> Tensor:
+        return self.accumulators.get(one.name, part.flat)
+
+    def open_expert(self, expert: Expert) -> Opening:
+        """W <- W + N (eqs. 7, 8), a fresh pair, an empty optimizer. The first expert meets no noise."""
+        began = time.perf_counter()
+        noisy = expert.index > 1 and self.noise_intensity > 0
+        before = self.probe() if noisy else None
+        for position, one in enumerate(self.weights):
+            scale = experts.noise_scale(self.slow[one.name], one.scaling, self.noise_intensity) if noisy else 0.0
+            self.noise_scale[one.name] = scale
+            if noisy:
+                stream = Stream(self.ledger.seed, expert.index, position, Purpose.NOISE)
+                with self.backend.edit(one.weight) as part:
+                    accumulator = self.accumulator_of(one, part)
+                    merge.add_noise_(accumulator, stream, scale, part.start)
+                    merge.round_into_(part.flat, accumulator)
+            stream = Stream(self.ledger.seed, expert.index, position, Purpose.FRESH_A)
+            out_features, in_features = one.B.shape[0], one.A.shape[1]
+            fresh = experts.fresh_pair(stream, out_features, in_features, rank=one.A.shape[0])
+            self.write_pair(one, fresh)
+            if expert.index == 1:
+                self.slow[one.name] = fresh.to(one.A.device)
+        self.backend.empty_optimizer([parameter for one in self.weights for parameter in (one.A, one.B)])
+        noise_change = 0.0 if before is None else relative_change(before, self.probe())
+        return Opening(dict(self.noise_scale), noise_change, time.perf_counter() - began)
+
+    def close_expert(self, expert: Expert) -> Closing:
+        """slow <- α·slow + (1-α)·fast (eqs. 10, 11), W <- W + D(slow) (eq. 12), B <- 0, and the ledger.
+
+        Raises:
+            DivergedError: the merge changed the model's function, or a pair is not finite. The ledger then
+                ends with the expert before.
+        """
+        began = time.perf_counter()
+        averaging_change = 0.0
+        before = self.probe()
+        merged = self.slow_after_closing()
+        if self.slow_retention > 0:
+            for one in self.weights:
+                self.write_pair(one, merged[one.name])
+            with_fast, before = before, self.probe()
+            averaging_change = relative_change(with_fast, before)
+        squares = torch.zeros(2, dtype=torch.float64)
+        for one in self.weights:
+            with self.backend.edit(one.weight) as part:
+                accumulator = self.accumulator_of(one, part)
+                pair = merged[one.name].to(accumulator.device)
+                squares += merge.merge_(part.flat, accumulator, pair, one.scaling, part.start).cpu()
+            self.backend.write(one.B, torch.zeros_like(one.B))
+        drift = relative_change(before, self.probe())
+        if not drift <= self.max_boundary_drift:
+            raise DivergedError(
+                f"expert {expert.index}: merging it changed the probe's logits by {drift:.3g} of their standard deviation,"
+                f" more than cascade.max_boundary_drift {self.max_boundary_drift:g}: the numbers have diverged or the merge"
+                " is wrong; lower training.learning_rate, or raise the bound if rounding explains it"
+            )
+        statistics = {
+            one.name: experts.delta_statistics(merged[one.name], one.scaling) for one in self.weights
+        }
+        norm = math.hypot(*(of_one.norm for of_one in statistics.values()))
+        overlap = None if expert.index == 1 else self.overlap(merged, norm)
+        self.slow = merged
+        self.ledger.append(
+            index=expert.index,
+            steps=(expert.start, expert.stop),
+            slow_retention=self.slow_retention,
+            noise_intensity=self.noise_intensity,
+            noise_scale=self.noise_scale,
+            slow=self.slow,
+        )
+        return Closing(
+            norm=norm,
+            std={name: of_one.std for name, of_one in statistics.items()},
+            overlap=overlap,
+            lost=math.sqrt(squares[1] / squares[0]) if squares[0] > 0 else 0.0,
+            averaging_change=averaging_change,
+            drift=drift,
+            seconds=time.perf_counter() - began,
+        )
+
+    @contextmanager
+    def as_if_closed(self) -> Iterator[None]:
+        """Inside, the model is what closing the open expert now would ship; after, it is as before, to the bit."""
+        kept: dict[str, Tensor] = {}
+        fast_B: dict[str, Tensor] = {}
+        slow = self.slow_after_closing()
+        for one in self.weights:
+            with self.backend.edit(one.weight) as part:
+                accumulator = self.accumulator_of(one, part)
+                if one.name not in self.accumulators:
+                    kept[one.name] = part.flat.clone()
+                pair = slow[one.name].to(accumulator.device)
+                merge.write_merged_(part.flat, accumulator, pair, one.scaling, part.start)
+            fast_B[one.name] = self.backend.read(one.B)
+            self.backend.write(one.B, torch.zeros_like(one.B))
+        try:
+            yield
+        finally:
+            for one in self.weights:
+                with self.backend.edit(one.weight) as part:
+                    merge.round_into_(part.flat, kept.get(one.name, self.accumulator_of(one, part)))
+                self.backend.write(one.B, fast_B[one.name])
+
+    def slow_after_closing(self) -> dict[str, Pair]:
+        """The slow pairs that closing the open expert now would merge, by name."""
+        return {
+            one.name: experts.slow_update(
+                self.slow[one.name], Pair(self.backend.read(one.A), self.backend.read(one.B)), self.slow_retention
+            )
+            for one in self.weights
+        }
+
+    def write_pair(self, one: AdaptedWeight, pair: Pair) -> None:
+        self.backend.write(one.A, pair.A)
+        self.backend.write(one.B, pair.B)
+
+    def overlap(self, merged: dict[str, Pair], norm: float) -> float:
+        """Cosine between what this boundary merges and what the one before merged."""
+        product = sum(
+            experts.delta_inner_product(merged[one.name], self.slow[one.name], one.scaling) for one in self.weights
+        )
+        before = math.hypot(
+            *(experts.delta_statistics(self.slow[one.name], one.scaling).norm for one in self.weights)
+        )
+        return product / (norm * before) if norm * before > 0 else 0.0
+
+
+def weights_sha256(weights: Sequence[AdaptedWeight], backend: Backend) -> str:
+    """Digest of the adapted weights in use, in ledger order."""
+    return digest(backend.full(one.weight) for one in weights)
+
+
+def pair_parameters(weights: Sequence[AdaptedWeight]) -> list[nn.Parameter]:
+    """The trainable parameters of the pairs, in ledger order."""
+    return [parameter for one in weights for parameter in (one.A, one.B)]

@@ -1,0 +1,256 @@
+"""The command line of every launcher script: a YAML recipe, dotted overrides, errors that name the key."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import re
+import types
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+
+from lorasc_ds.config import Config
+from lorasc_ds.errors import ConfigError
+
+
+class RecipeLoader(yaml.SafeLoader):
+    """YAML as people read it: `1e-4` is a number, `no` and `on` are words."""
+
+
+RecipeLoader.yaml_implicit_resolvers = {
+    letter: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":bool", ":float"))]
+    for letter, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+RecipeLoader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(true|false)$"), list("tf"))
+RecipeLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?([0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))([eE][-+]?[0-9]+)?$|^[-+]?\.(inf|nan)$"),
+    list("-+.0123456789"),
+)
+
+
+def load_yaml(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """A recipe, and for every dotted key the place `file:line` where it stands.
+
+    Raises:
+        ConfigError: the file cannot be read, is no mapping, or holds a key twice.
+    """
+    try:
+        loader = RecipeLoader(path.read_text(encoding="utf-8"))
+        root = loader.get_single_node()
+    except OSError as error:
+        raise ConfigError(f"--config {path}: {error.strerror}; give the path of a YAML file") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--config {path} is not YAML: {' '.join(str(error).split())}") from error
+    places: dict[str, str] = {}
+
+    def value_of(node: yaml.Node, prefix: str) -> Any:
+        if not isinstance(node, yaml.MappingNode):
+            return loader.construct_object(node, deep=True)
+        mapping: dict[str, Any] = {}
+        for key_node, value_node in node.value:
+            key = str(key_node.value)
+            place = f"{path}:{key_node.start_mark.line + 1}"
+            if key in mapping:
+                raise ConfigError(f"{place}: {prefix}{key} stands twice, first at {places[prefix + key]}; remove one")
+            places[prefix + key] = place
+            mapping[key] = value_of(value_node, f"{prefix}{key}.")
+        return mapping
+
+    try:
+        content = {} if root is None else value_of(root, "")
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--config {path}: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"--config {path} holds a {type(content).__name__}; sections like `model:` are needed")
+    return content, places
+
+
+def members(annotation: Any) -> Iterator[Any]:
+    """The plain types behind Annotated and unions."""
+    if get_origin(annotation) is Annotated:
+        yield from members(get_args(annotation)[0])
+    elif get_origin(annotation) in (Union, types.UnionType):
+        for member in get_args(annotation):
+            yield from members(member)
+    else:
+        yield annotation
+
+
+def fields_of(model: type[BaseModel] = Config, prefix: str = "") -> dict[str, list[FieldInfo]]:
+    """Every dotted key with its fields; several where tasks share a key."""
+    found: dict[str, list[FieldInfo]] = {}
+    for name, field in model.model_fields.items():
+        sections = [m for m in members(field.annotation) if isinstance(m, type) and issubclass(m, BaseModel)]
+        for section in sections:
+            for key, fields in fields_of(section, f"{prefix}{name}.").items():
+                found.setdefault(key, []).extend(fields)
+        if not sections:
+            found.setdefault(prefix + name, []).append(field)
+    return found
+
+
+def parse_override(text: str, fields: list[FieldInfo]) -> Any:
+    """The value of `--key text`, typed as YAML types it, except that text stays text."""
+    kinds = [kind for field in fields for kind in members(field.annotation)]
+    if text == "null" and type(None) in kinds:
+        return None
+    if any(kind is str or get_origin(kind) is Literal for kind in kinds):
+        return text
+    if any(get_origin(kind) is tuple for kind in kinds) and not text.startswith("["):
+        return text.split(",")
+    try:
+        return yaml.load(text, RecipeLoader)
+    except yaml.YAMLError:
+        return text
+
+
+def did_you_mean(key: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def explain(error: ValidationError, places: dict[str, str]) -> ConfigError:
+    """A pydantic error as one line: the key, where it stands, the value, what is needed."""
+    lines = []
+    for detail in error.errors():
+        location = [str(part) for part in detail["loc"]]
+        if location[:1] == ["task"] and len(location) > 2:
+            del location[1]  # pydantic puts the task's name between `task` and the key
+        if location[:1] == ["adapter"] and location[1:2] == ["target_modules"]:
+            del location[2:]
+        key = ".".join(location)
+        place = f" ({places[key]})" if key in places else ""
+        if detail["type"] == "extra_forbidden":
+            lines.append(f"unknown key {key}{place}{did_you_mean(key, list(fields_of()))}")
+        elif detail["type"] == "missing":
+            lines.append(f"{key} is needed: set it in the recipe or with --{key}")
+        elif detail["type"] == "value_error":
+            lines.append(str(detail["ctx"]["error"]))
+        elif detail["type"] == "union_tag_invalid":
+            lines.append(f"task.name is {detail['ctx']['tag']!r}: one of {detail['ctx']['expected_tags']} is needed")
+        else:
+            need = detail["msg"].replace("Input should be ", "needs to be ")
+            lines.append(f"{key} is {detail['input']!r}{place}: {need}")
+    more = f" (and {len(lines) - 1} more: {'; '.join(lines[1:])})" if len(lines) > 1 else ""
+    return ConfigError(lines[0] + more)
+
+
+def build_config(content: dict[str, Any], places: dict[str, str], overrides: dict[str, str]) -> Config:
+    """The recipe with the overrides laid over it, validated.
+
+    An override of `task.name` with another task replaces the recipe's whole `task` section.
+
+    Raises:
+        ConfigError: one line with the key, the place and the remedy.
+    """
+    known = fields_of()
+    sections = {name: {} if section is None else section for name, section in ({"task": None} | content).items()}
+    for name, section in sections.items():
+        if not isinstance(section, dict):
+            raise ConfigError(f"{name} is {section!r} ({places[name]}): a section with keys of its own is needed")
+    sections["task"] = {"name": "digits"} | sections["task"]
+    if overrides.get("task.name", sections["task"]["name"]) != sections["task"]["name"]:
+        sections["task"] = {}
+    for key, text in overrides.items():
+        name, field = key.split(".", 1)
+        sections[name] = sections.get(name, {}) | {field: parse_override(text, known[key])}
+        places = places | {key: f"--{key}"}
+    try:
+        return Config.model_validate(sections)
+    except ValidationError as error:
+        raise explain(error, places) from None
+
+
+@dataclass(frozen=True, slots=True)
+class Invocation:
+    """What the command line asks for."""
+
+    config: Config
+    output_dir: Path
+    resume: Literal["auto", "never"]
+    dry_run: bool
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> Any:
+        raise ConfigError(message)
+
+
+def make_parser(default_recipe: Path) -> argparse.ArgumentParser:
+    parser = Parser(
+        description="Train with LoRASC: a cascade of LoRA experts, averaged, merged and started again.",
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", type=Path, default=default_recipe, help="YAML recipe (default: the quickstart)")
+    parser.add_argument("--output_dir", type=Path, help="run directory (default: runs/RECIPE-STRATEGY)")
+    parser.add_argument(
+        "--resume",
+        choices=("auto", "never"),
+        default="auto",
+        help="auto: a finished run of the same configuration prints its summary; never: the directory must be empty",
+    )
+    parser.add_argument("--dry_run", action="store_true", help="check everything, print the plan; load no weights")
+    parser.add_argument("--print_config", action="store_true", help="print every field with its meaning, and stop")
+    parser.add_argument("--deepspeed", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    group = parser.add_argument_group("overrides of the recipe")
+    for key, fields in fields_of().items():
+        description = fields[0].description or ""
+        group.add_argument(f"--{key}", metavar="VALUE", help=description.replace("%", "%%"))
+    return parser
+
+
+def parse_command_line(arguments: Sequence[str], default_recipe: Path) -> Invocation | str:
+    """The run that is asked for, or the text to print (`--print_config`).
+
+    Raises:
+        ConfigError: an unknown flag or an impossible configuration.
+    """
+    parser = make_parser(default_recipe)
+    options, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        flag = unknown[0].split("=")[0]
+        flags = [option for action in parser._actions for option in action.option_strings]
+        raise ConfigError(f"unknown argument {unknown[0]}{did_you_mean(flag, flags)}")
+    if options.deepspeed is not None:
+        raise ConfigError(
+            f"--deepspeed {options.deepspeed}: this version trains on one process without an engine; leave --deepspeed out"
+        )
+    overrides = {key: value for key, value in vars(options).items() if "." in key and value is not None}
+    content, places = load_yaml(options.config)
+    config = build_config(content, places, overrides)
+    if options.print_config:
+        return describe(config)
+    output_dir = options.output_dir or Path("runs") / f"{options.config.stem}-{config.cascade.strategy}"
+    return Invocation(config, output_dir, options.resume, options.dry_run)
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved configuration; `--config` reads it back."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def describe(config: Config) -> str:
+    """The resolved configuration as YAML with every field's meaning above it."""
+    lines = []
+    for section_name in Config.model_fields:
+        section = getattr(config, section_name)
+        lines.append(f"{section_name}:")
+        for name, field in type(section).model_fields.items():
+            value = json.dumps(section.model_dump(mode="json")[name])
+            lines += [f"  # {field.description}", f"  {name}: {value}"]
+    return "\n".join(lines)
+
+
+def json_schema() -> str:
+    """The schema of a recipe, for editors."""
+    return json.dumps(Config.model_json_schema(), indent=2, ensure_ascii=False) + "\n"

@@ -1,0 +1,43 @@
+"""Log-probabilities of the scored tokens, and the two losses made of them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from lorasc_ds.data import Batch
+
+
+def scored_logits(model: nn.Module, batch: Batch) -> Tensor:
+    """The logits that predict each scored token: float32 of (tokens, vocabulary)."""
+    logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
+    return logits[batch.token_input, batch.token_position].float()
+
+
+def token_log_probabilities(model: nn.Module, batch: Batch) -> Tensor:
+    """log p of each scored token given what stands before it: float32 of (tokens,)."""
+    log_probabilities = scored_logits(model, batch).log_softmax(dim=-1)
+    return log_probabilities.gather(1, batch.token_target[:, None])[:, 0]
+
+
+def mean_log_probabilities(log_probabilities: Tensor, batch: Batch) -> list[Tensor]:
+    """Per example, the mean log-probability of each candidate's answer: a list of (candidates,)."""
+    count = sum(batch.candidates)
+    zeros = log_probabilities.new_zeros(count)
+    totals = zeros.index_add(0, batch.token_sequence, log_probabilities)
+    lengths = zeros.index_add(0, batch.token_sequence, torch.ones_like(log_probabilities))
+    return list((totals / lengths).split(batch.candidates))
+
+
+def classification_losses(log_probabilities: Tensor, batch: Batch) -> Tensor:
+    """Cross-entropy of each example over its candidates, their mean log-probabilities as logits: (examples,)."""
+    scores = mean_log_probabilities(log_probabilities, batch)
+    return torch.stack([-s.log_softmax(dim=0)[gold] for s, gold in zip(scores, batch.gold, strict=True)])
+
+
+def summed_loss(model: nn.Module, batch: Batch, loss: str) -> Tensor:
+    """The loss of a batch as a sum, over its scored tokens (`lm`) or its examples (`classification`)."""
+    log_probabilities = token_log_probabilities(model, batch)
+    if loss == "lm":
+        return -log_probabilities.sum()
+    return classification_losses(log_probabilities, batch).sum()

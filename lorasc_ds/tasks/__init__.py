@@ -1,0 +1,23 @@
+"""The tasks, by the name in `task.name`: functions from plain settings to examples."""
+
+from __future__ import annotations
+
+from lorasc_ds.config import DigitsConfig, TextConfig
+from lorasc_ds.tasks.base import Example, Task
+from lorasc_ds.tasks.digits import digits
+from lorasc_ds.tasks.text import text
+
+__all__ = ["Example", "Task", "load_task"]
+
+
+def load_task(config: DigitsConfig | TextConfig, seed: int) -> Task:
+    """The examples of a configured task; `seed` draws the sample where a task draws one.
+
+    Raises:
+        DataError: a file, or a row of it, cannot be used.
+    """
+    match config:
+        case DigitsConfig():
+            return digits(seed=seed, **config.model_dump(exclude={"name"}))
+        case TextConfig():
+            return text(**config.model_dump(exclude={"name", "block_size"}))

@@ -1,0 +1,110 @@
+"""Task `digits`: scikit-learn's 1797 handwritten digits (8x8 pixels, 17 grey levels) as text.
+
+An image is 64 letters, one per pixel in reading order (`a` white to `q` black), then `=`; the answer is
+the digit. A base model that reads upright digits is adapted to another domain from few examples, some of
+them with wrong labels. Nothing is downloaded: the images are part of scikit-learn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lorasc_ds.tasks.base import Example, Task
+
+Image = NDArray[np.float64]  # (count, 8, 8), grey levels 0 to 16
+
+GREY_LETTERS = "abcdefghijklmnopq"
+PRETRAINING_IMAGES = 1000  # of the shuffled 1797: the base model's own
+ADAPTATION_IMAGES = 297  # `train` and `dev` are drawn from these
+TEST_IMAGES = 500  # the rest, the same images in every domain
+
+
+def blurred(images: Image) -> Image:
+    """A 3x3 binomial blur, edges repeated."""
+    padded = np.pad(images, ((0, 0), (1, 1), (1, 1)), mode="edge")
+    weights = (0.25, 0.5, 0.25)
+    rows = sum(w * padded[:, i : i + 8, :] for i, w in enumerate(weights))
+    return np.asarray(sum(w * rows[:, :, i : i + 8] for i, w in enumerate(weights)))
+
+
+def noisy(images: Image) -> Image:
+    """Normal noise with a standard deviation of 3 of the 16 grey levels, the same at every call."""
+    return images + np.random.default_rng(0).normal(0.0, 3.0, images.shape)
+
+
+DOMAINS: dict[str, Callable[[Image], Image]] = {
+    "upright": lambda images: images,
+    "mirrored": lambda images: images[:, :, ::-1],
+    "rotated": lambda images: np.rot90(images, axes=(1, 2)),
+    "blurred": blurred,
+}
+
+
+def load_images() -> tuple[Image, NDArray[np.int64]]:
+    """All images and labels in one fixed shuffled order: pretraining, then adaptation, then test."""
+    from sklearn.datasets import load_digits  # slow to import, and only this task needs it
+
+    data = load_digits()
+    order = np.random.default_rng(0).permutation(len(data.target))
+    return data.images[order], data.target[order].astype(np.int64)
+
+
+def prompt_of(image: NDArray[np.float64]) -> str:
+    """One image of shape (8, 8) as 64 letters and an equals sign."""
+    levels = np.clip(np.rint(image), 0, 16).astype(int).ravel()
+    return " ".join(GREY_LETTERS[level] for level in levels) + " ="
+
+
+def examples(split: str, images: Image, labels: NDArray[np.int64]) -> list[Example]:
+    """Images of shape (count, 8, 8) with the digits 0 to 9 as candidates."""
+    found = []
+    for i, (image, label) in enumerate(zip(images, labels, strict=True)):
+        prompt = prompt_of(image)
+        texts = tuple(f"{prompt} {digit}" for digit in range(10))
+        found.append(Example(f"digits/{split}:{i}", prompt, texts, (int(label),)))
+    return found
+
+
+def digits(
+    *,
+    domain: str,
+    train_examples: int,
+    dev_examples: int,
+    label_noise: float,
+    loss: Literal["lm", "classification"],
+    seed: int,
+) -> Task:
+    """Adaptation from upright digits to `domain`.
+
+    Splits: `train` and `dev` in the new domain, `new_domain`, that domain blurred and with noise, and
+    `old_domain` (upright: what was forgotten). Only `train` has wrong labels: of exactly
+    `round(label_noise * train_examples)` examples, each drawn uniformly from the nine wrong digits.
+    """
+    images, labels = load_images()
+    rng = np.random.default_rng(seed)
+    adaptation = PRETRAINING_IMAGES + rng.permutation(ADAPTATION_IMAGES)
+    train, dev = adaptation[:train_examples], adaptation[train_examples:][:dev_examples]
+    test = np.arange(PRETRAINING_IMAGES + ADAPTATION_IMAGES, len(labels))
+
+    train_labels = labels[train].copy()
+    wrong = rng.permutation(train_examples)[: round(label_noise * train_examples)]
+    train_labels[wrong] = (train_labels[wrong] + rng.integers(1, 10, len(wrong))) % 10
+
+    shifted = DOMAINS[domain](images)
+    return Task(
+        name="digits",
+        kind="candidates",
+        loss=loss,
+        splits={
+            "train": examples("train", shifted[train], train_labels),
+            "dev": examples("dev", shifted[dev], labels[dev]),
+            "new_domain": examples("new_domain", shifted[test], labels[test]),
+            "new_domain_blurred": examples("new_domain_blurred", blurred(shifted[test]), labels[test]),
+            "new_domain_noisy": examples("new_domain_noisy", noisy(shifted[test]), labels[test]),
+            "old_domain": examples("old_domain", images[test], labels[test]),
+        },
+    )

@@ -1,0 +1,90 @@
+"""Task `text`: causal language modelling on local `.txt` and `.jsonl` files; perplexity on a held-out part."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from lorasc_ds.errors import DataError
+from lorasc_ds.tasks.base import Example, Task
+
+HELD_OUT = 0.1  # of train_file, at its end, where no eval_file is given
+
+
+def read_text(path: Path, key: str) -> str:
+    """A whole file as UTF-8.
+
+    Raises:
+        DataError: it is missing, unreadable, not UTF-8 or empty.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise DataError(f"{key} {path}: {error.strerror}; give the path of a .txt or .jsonl file") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{key} {path}: byte {error.start} is not UTF-8; convert the file to UTF-8") from error
+    if not text.strip():
+        raise DataError(f"{key} {path} is empty; text is needed")
+    return text
+
+
+def read_documents(path: Path, key: str, text_field: str) -> list[Example]:
+    """The documents of a file: the whole of a .txt, one a row of a .jsonl.
+
+    Raises:
+        DataError: with `file:line` where a row is not JSON, or its field is missing, no text or empty.
+    """
+    text = read_text(path, key)
+    if path.suffix == ".txt":
+        return [document(f"{path}", text)]
+    documents = []
+    for number, line in enumerate(text.splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DataError(f"{path}:{number}: not JSON ({error.msg} at column {error.colno}); mend the row") from error
+        value = row.get(text_field) if isinstance(row, dict) else None
+        if not isinstance(value, str) or not value.strip():
+            raise DataError(
+                f"{path}:{number}: task.text_field {text_field!r} needs to be a text that is not empty, got {value!r}"
+            )
+        documents.append(document(f"{path}:{number}", value))
+    return documents
+
+
+def document(id: str, text: str) -> Example:
+    return Example(id, prompt="", texts=(text,))
+
+
+def hold_out(documents: list[Example]) -> tuple[list[Example], list[Example]]:
+    """Cut off the last tenth: whole documents, or the end of the only one, at a line or word break.
+
+    Raises:
+        DataError: there is nothing to cut.
+    """
+    if len(documents) > 1:
+        kept = len(documents) - max(1, round(HELD_OUT * len(documents)))
+        return documents[:kept], documents[kept:]
+    text = documents[0].texts[0]
+    cut = round((1 - HELD_OUT) * len(text))
+    breaks = [text.rfind(mark, 1, cut) for mark in ("\n", " ")]
+    cut = next((at + 1 for at in breaks if at > 0), 0)
+    if not text[:cut].strip() or not text[cut:].strip():
+        raise DataError(f"{documents[0].id} is too short to hold a part out: give task.eval_file")
+    return [document(documents[0].id, text[:cut])], [document(f"{documents[0].id} (end)", text[cut:])]
+
+
+def text(*, train_file: str, eval_file: str | None, text_field: str) -> Task:
+    """Local files as a task. Splits: `train` and `dev` (the held-out part).
+
+    Raises:
+        DataError: a file or a row of it cannot be used.
+    """
+    documents = read_documents(Path(train_file), "task.train_file", text_field)
+    if eval_file is None:
+        train, dev = hold_out(documents)
+    else:
+        train, dev = documents, read_documents(Path(eval_file), "task.eval_file", text_field)
+    return Task(name="text", kind="documents", loss="lm", splits={"train": train, "dev": dev})

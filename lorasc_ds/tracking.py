@@ -1,0 +1,160 @@
+"""The record of a run: `metrics.jsonl`, TensorBoard, `status.json`, and what a terminal or a log file shows."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
+from tqdm import tqdm
+
+from lorasc_ds import run_directory
+
+PLAIN_LINE_SECONDS = 30.0  # between two lines of the loss where there is no terminal
+Scores = dict[str, dict[str, float]]  # split -> metric -> value
+
+
+class Tracker:
+    """Writes every event to all places; the x of every curve is the optimizer step.
+
+    Args:
+        directory: the run directory.
+        task: name of the task, in the tags of its scores.
+        steps: optimizer steps of the run.
+        experts: experts of the run.
+        log_steps: steps between two records of the loss; the records hold means over them.
+        tensorboard: whether to write `tensorboard/`.
+    """
+
+    def __init__(
+        self, directory: Path, *, task: str, steps: int, experts: int, log_steps: int, tensorboard: bool
+    ) -> None:
+        self.directory = directory
+        self.task = task
+        self.experts = experts
+        self.log_steps = log_steps
+        self.metrics = open(directory / "metrics.jsonl", "a", encoding="utf-8")
+        self.writer = SummaryWriter(directory / "tensorboard") if tensorboard else None
+        self.bar = tqdm(total=steps, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True)
+        self.step = 0
+        self.expert = 0
+        self.window: list[dict[str, float]] = []
+        self.last_line = time.monotonic()
+        self.status("running", "training")
+
+    def __enter__(self) -> Tracker:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if error is not None:
+            self.status("failed", " ".join(f"{type(error).__name__}: {error}".split()))
+        self.bar.close()
+        self.metrics.close()
+        if self.writer is not None:
+            self.writer.close()
+
+    def status(self, state: run_directory.State, message: str) -> None:
+        run_directory.write_status(self.directory, state, self.step, self.expert, message)
+
+    def say(self, line: str) -> None:
+        """A line on stdout, above the progress bar where there is one."""
+        with tqdm.external_write_mode(file=sys.stdout):
+            print(line, flush=True)
+
+    def record(self, event: str, epoch: float, values: dict[str, Any]) -> None:
+        """One object of `metrics.jsonl`."""
+        place = {"event": event, "step": self.step, "expert": self.expert, "epoch": round(epoch, 4)}
+        self.metrics.write(json.dumps(place | values) + "\n")
+        self.metrics.flush()
+
+    def scalars(self, values: dict[str, float]) -> None:
+        if self.writer is not None:
+            for tag, value in values.items():
+                self.writer.add_scalar(tag, value, self.step)
+
+    def configuration(self, text: str, settings: dict[str, Any]) -> None:
+        """The resolved configuration as text, and as hyper-parameters of this same TensorBoard run."""
+        if self.writer is None:
+            return
+        self.writer.add_text("config", f"```yaml\n{text}\n```")
+        plain = {key: v if isinstance(v, bool | int | float) else str(v) for key, v in settings.items()}
+        for summary in hparams(plain, {f"eval/{self.task}/dev/loss": 0.0}):
+            self.writer.file_writer.add_summary(summary)  # type: ignore[union-attr]
+
+    def trained(self, epoch: float, learning_rate: float, loss: float, grad_norm: float, tokens: int, seconds: float) -> None:
+        """One optimizer step has been taken; recorded every `log_steps` as means."""
+        self.step += 1
+        self.window.append({"loss": loss, "grad_norm": grad_norm, "tokens": tokens, "seconds": seconds})
+        self.bar.update()
+        if self.step % self.log_steps and self.step != self.bar.total:
+            return
+        count = len(self.window)
+        total = {key: sum(one[key] for one in self.window) for key in self.window[0]}
+        self.window.clear()
+        values = {
+            "loss": total["loss"] / count,
+            "lr": learning_rate,
+            "grad_norm": total["grad_norm"] / count,
+            "tokens_per_second": total["tokens"] / total["seconds"],
+        }
+        self.record("step", epoch, values)
+        self.scalars(
+            {
+                "train/loss": values["loss"],
+                "train/lr/pairs": learning_rate,
+                "train/grad_norm": values["grad_norm"],
+                "perf/tokens_per_second": values["tokens_per_second"],
+            }
+        )
+        state = f"loss {values['loss']:.4f}, {values['tokens_per_second']:,.0f} tokens/s"
+        self.bar.set_description(f"expert {self.expert}/{self.experts}", refresh=False)
+        self.bar.set_postfix_str(state)
+        if self.bar.disable and time.monotonic() - self.last_line > PLAIN_LINE_SECONDS:
+            self.last_line = time.monotonic()
+            self.say(f"step {self.step}/{self.bar.total}, expert {self.expert}/{self.experts}: {state}")
+
+    def boundary(self, event: str, epoch: float, values: dict[str, Any]) -> None:
+        """An expert was opened or closed. A mapping of values by weight becomes its mean and a histogram."""
+        self.record(event, epoch, values)
+        for key, value in values.items():
+            if isinstance(value, dict):
+                self.scalars({f"lorasc/{key}": float(np.mean(list(value.values())))})
+                if self.writer is not None:
+                    self.writer.add_histogram(f"lorasc/{key}_by_weight", np.array(list(value.values())), self.step)
+            elif value is not None:
+                self.scalars({f"lorasc/{'open' if event == 'open' else 'close'}_{key}" if key == "seconds" else f"lorasc/{key}": value})
+
+    def evaluated(self, when: str, epoch: float, scores: Scores, headline: str) -> None:
+        """Scores of all splits; the line shows `headline` of each."""
+        self.record("eval", epoch, {"scores": scores})
+        self.scalars(
+            {f"eval/{self.task}/{split}/{metric}": v for split, of_split in scores.items() for metric, v in of_split.items()}
+        )
+        shown = "  ".join(f"{split} {show(headline, of_split[headline])}" for split, of_split in scores.items())
+        self.say(f"{when:<16} {headline}: {shown}  (dev loss {scores['dev']['loss']:.3f})")
+        self.status("running", "training")
+
+
+def show(metric: str, value: float) -> str:
+    return f"{100 * value:.1f}" if metric == "accuracy" else f"{value:.3f}"
+
+
+def results_table(before: Scores, after: Scores) -> str:
+    """Every split and metric before and after training."""
+    rows = [
+        (split, metric, show(metric, before[split][metric]), show(metric, after[split][metric]))
+        for split in after
+        for metric in after[split]
+    ]
+    head = ("split", "metric", "before", "after")
+    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(4)]
+    lines = [
+        f"  {a:<{widths[0]}}  {b:<{widths[1]}}  {c:>{widths[2]}}  {d:>{widths[3]}}" for a, b, c, d in (head, *rows)
+    ]
+    return "\n".join(lines)

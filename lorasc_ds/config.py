@@ -100,6 +100,7 @@ class DigitsConfig(Section):
     )
     train_examples: int = Field(100, ge=1, le=296, description="Training examples in the new domain.")
     dev_examples: int = Field(100, ge=1, le=296, description="Examples for selection; 297 images are left for both.")
+    test_examples: int = Field(500, ge=1, le=500, description="Test images, the same ones in every domain.")
     label_noise: float = Field(0.3, ge=0, le=1, description="Share of training examples with a wrong label.")
     loss: Literal["lm", "classification"] = Field(
         "lm", description="Cross-entropy over the answer's tokens, or over the candidates."

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -94,26 +94,30 @@ class Encoder:
                 raise DataError(f"the split {split} of task {task.name} is empty: more data is needed")
         return encoded
 
-    def tokens(self, text: str, where: str) -> list[int]:
-        ids: list[int] = self.tokenizer(text, verbose=False)["input_ids"]  # type: ignore[assignment]
-        if ids and max(ids) >= self.vocabulary_size:
-            raise DataError(
-                f"{where}: token id {max(ids)} is outside the model's vocabulary of {self.vocabulary_size}:"
-                " the tokenizer belongs to another model"
-            )
-        return ids
+    def tokens(self, texts: Iterable[tuple[str, str]]) -> dict[str, list[int]]:
+        """Token ids by text; `texts` yields (text, id of the example it is from) and may repeat itself."""
+        origins = dict(texts)
+        ids: list[list[int]] = self.tokenizer(list(origins), verbose=False)["input_ids"]  # type: ignore[assignment]
+        for where, of_text in zip(origins.values(), ids, strict=True):
+            if of_text and max(of_text) >= self.vocabulary_size:
+                raise DataError(
+                    f"{where}: token id {max(of_text)} is outside the model's vocabulary of {self.vocabulary_size}:"
+                    " the tokenizer belongs to another model"
+                )
+        return dict(zip(origins, ids, strict=True))
 
     def encode_each(self, examples: Sequence[Example]) -> list[EncodedExample]:
         """Prompts with candidates. An answer's length is that of the full text less that of the prompt."""
+        texts = [(text, example.id) for example in examples for text in (example.prompt, *example.texts)]
+        tokens = self.tokens((form, where) for text, where in texts for form in (text.strip(" "), trimmed(text)))
         encoded = []
         for example in examples:
-            prompt_length = len(self.tokens(example.prompt.strip(" "), example.id))
-            candidates = []
-            for text in example.texts:
-                length = len(self.tokens(text.strip(" "), example.id))
-                ids = self.tokens(text.lstrip().strip(" "), example.id)
-                candidates.append(self.truncate(ids, length - prompt_length, example.id))
-            encoded.append(EncodedExample(example.id, tuple(candidates), example.gold))
+            prompt_length = len(tokens[example.prompt.strip(" ")])
+            candidates = tuple(
+                self.truncate(tokens[trimmed(text)], len(tokens[text.strip(" ")]) - prompt_length, example.id)
+                for text in example.texts
+            )
+            encoded.append(EncodedExample(example.id, candidates, example.gold))
         return encoded
 
     def truncate(self, ids: list[int], scored: int, where: str) -> ScoredTokens:
@@ -139,15 +143,19 @@ class Encoder:
         """Documents end to end, each closed by the end-of-text token, cut into blocks."""
         assert self.block_size is not None
         end = [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
-        stream: list[int] = []
-        for document in documents:
-            stream += self.tokens(document.texts[0], document.id) + end
+        tokens = self.tokens((document.texts[0], document.id) for document in documents)
+        stream = [id for document in documents for id in (*tokens[document.texts[0]], *end)]
         blocks = [stream[at : at + self.block_size] for at in range(0, len(stream), self.block_size)]
         return [
             EncodedExample(f"block {number}", (ScoredTokens(tuple(block), len(block) - 1),), (0,))
             for number, block in enumerate(blocks, start=1)
             if len(block) > 1
         ]
+
+
+def trimmed(text: str) -> str:
+    """The form in which a full text is trained on: as MeZO strips it."""
+    return text.lstrip().strip(" ")
 
 
 @dataclass(frozen=True, slots=True)

@@ -46,6 +46,7 @@ class Tracker:
         self.expert = 0
         self.window: list[dict[str, float]] = []
         self.last_line = time.monotonic()
+        self.headed = False
         self.status("running", "training")
 
     def __enter__(self) -> Tracker:
@@ -136,8 +137,11 @@ class Tracker:
         self.scalars(
             {f"eval/{self.task}/{split}/{metric}": v for split, of_split in scores.items() for metric, v in of_split.items()}
         )
-        shown = "  ".join(f"{split} {show(headline, of_split[headline])}" for split, of_split in scores.items())
-        self.say(f"{when:<16} {headline}: {shown}  (dev loss {scores['dev']['loss']:.3f})")
+        if not self.headed:
+            self.headed = True
+            self.say(" | ".join((f"{headline:<15}", *scores, "dev loss")))
+        cells = [f"{show(headline, of_split[headline]):>{len(split)}}" for split, of_split in scores.items()]
+        self.say(" | ".join((f"{when:<15}", *cells, f"{scores['dev']['loss']:8.3f}")))
         self.status("running", "training")
 
 

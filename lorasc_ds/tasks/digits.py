@@ -74,6 +74,7 @@ def digits(
     domain: str,
     train_examples: int,
     dev_examples: int,
+    test_examples: int,
     label_noise: float,
     loss: Literal["lm", "classification"],
     seed: int,
@@ -88,7 +89,7 @@ def digits(
     rng = np.random.default_rng(seed)
     adaptation = PRETRAINING_IMAGES + rng.permutation(ADAPTATION_IMAGES)
     train, dev = adaptation[:train_examples], adaptation[train_examples:][:dev_examples]
-    test = np.arange(PRETRAINING_IMAGES + ADAPTATION_IMAGES, len(labels))
+    test = PRETRAINING_IMAGES + ADAPTATION_IMAGES + np.arange(test_examples)
 
     train_labels = labels[train].copy()
     wrong = rng.permutation(train_examples)[: round(label_noise * train_examples)]

@@ -1,0 +1,102 @@
+"""Shared fixtures: tiny models, in-process runs, and where the real data lies."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from lorasc_ds import train as train_module
+from lorasc_ds.cascade import Cascade
+from lorasc_ds.cli import parse_command_line
+from lorasc_ds.quickstart.make_base import make_tokenizer
+
+ROOT = Path(__file__).parents[1]
+RECIPE = ROOT / "launch" / "recipes" / "quickstart.yaml"
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The real data beside the project (`LORASC_SHARED`, default `../shared`)."""
+    path = Path(os.environ.get("LORASC_SHARED", ROOT.parent / "shared")) / "data"
+    if not path.is_dir():
+        pytest.skip(f"the real data is not at {path}; set LORASC_SHARED")
+    return path
+
+
+@pytest.fixture
+def tiny_llama() -> LlamaForCausalLM:
+    """Two layers, hidden size 24, grouped queries: q is (24, 24), v is (12, 24)."""
+    torch.manual_seed(0)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=40,
+            hidden_size=24,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=128,
+        )
+    )
+
+
+@pytest.fixture
+def tiny_folder(tiny_llama: LlamaForCausalLM, tmp_path: Path) -> Path:
+    """The tiny Llama as a model folder, with the quickstart's tokenizer."""
+    folder = tmp_path / "tiny"
+    tiny_llama.save_pretrained(folder)
+    tokenizer: PreTrainedTokenizerFast = make_tokenizer()
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run. `closed` holds the adapted weights in use after every boundary."""
+
+    directory: Path
+    summary: dict[str, Any]
+    closed: list[dict[str, torch.Tensor]]
+
+    def metrics(self, event: str) -> list[dict[str, Any]]:
+        lines = (self.directory / "metrics.jsonl").read_text().splitlines()
+        return [record for record in map(json.loads, lines) if record["event"] == event]
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Run]:
+    """Runs the quickstart recipe in this process with dotted overrides, on a dozen examples."""
+    count = iter(range(1000))
+
+    def start(**overrides: Any) -> Run:
+        directory = tmp_path / f"run{next(count)}"
+        settings: dict[str, Any] = {"training.epochs": 3, "tracking.tensorboard": "false"}
+        if "task.name" not in overrides:
+            settings |= {"task.train_examples": 12, "task.dev_examples": 8, "task.test_examples": 10}
+        arguments = [f"--{key}={value}" for key, value in (settings | overrides).items()]
+        invocation = parse_command_line([f"--output_dir={directory}", *arguments], RECIPE)
+        assert not isinstance(invocation, str)
+        closed: list[dict[str, torch.Tensor]] = []
+        close_expert = Cascade.close_expert
+
+        def close_and_copy(self: Cascade, expert: Any) -> Any:
+            report = close_expert(self, expert)
+            closed.append({one.name: one.weight.detach().clone() for one in self.weights})
+            return report
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Cascade, "close_expert", close_and_copy)
+            train_module.run(invocation)
+        return Run(directory, json.loads((directory / "summary.json").read_text()), closed)
+
+    return start

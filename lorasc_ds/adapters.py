@@ -83,7 +83,8 @@ def select_modules(model: nn.Module, target_modules: Sequence[str]) -> dict[str,
             other = owners.setdefault(id(weight), path)
             if other != path and (path in selected or other in selected):
                 raise ConfigError(
-                    f"adapter.target_modules: {path} and {other} share one tensor, so a merge would change both; leave it out"
+                    f"adapter.target_modules: {path} and {other} share one tensor, so a merge would change both;"
+                    " leave it out"
                 )
     return selected
 
@@ -164,12 +165,16 @@ def attach(
     for path, name in names.items():
         layer = model.get_submodule(path)
         assert isinstance(layer, LoraLinear)
-        lora_A, lora_B = layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]
-        lora_A.float()
-        lora_B.float()
-        weight = layer.base_layer.weight
-        adapted.append(AdaptedWeight(name, weight, lora_A.weight, lora_B.weight, layer.scaling[ADAPTER]))
+        lora_A, lora_B = layer.lora_A[ADAPTER].float(), layer.lora_B[ADAPTER].float()
+        frozen, A, B = weight_of(selected[path]), weight_of(lora_A), weight_of(lora_B)
+        adapted.append(AdaptedWeight(name, frozen, A, B, layer.scaling[ADAPTER]))
     return sorted(adapted, key=lambda one: one.name)
+
+
+def weight_of(module: nn.Module) -> nn.Parameter:
+    weight = module.weight
+    assert isinstance(weight, nn.Parameter)
+    return weight
 
 
 def backbone_state(model: nn.Module) -> dict[str, Tensor]:

@@ -24,7 +24,9 @@ from lorasc_ds.algorithm.plan import Expert
 from lorasc_ds.errors import DivergedError
 from lorasc_ds.sharding import Backend, Slice
 
-MAX_BOUNDARY_DRIFT = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
+# A bfloat16 logit of 20 has a spacing of 0.125, a twentieth of a usual standard deviation: sound merges of a pretrained
+# model were seen to move single logits by 0.067, so that a bound of 0.05 would end healthy runs.
+MAX_BOUNDARY_DRIFT = {torch.float32: 1e-3, torch.bfloat16: 2e-1}
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,13 +167,11 @@ class Cascade:
         drift = relative_change(before, self.probe())
         if not drift <= self.max_boundary_drift:
             raise DivergedError(
-                f"expert {expert.index}: merging it changed the probe's logits by {drift:.3g} of their standard deviation,"
-                f" more than cascade.max_boundary_drift {self.max_boundary_drift:g}: the numbers have diverged or the merge"
-                " is wrong; lower training.learning_rate, or raise the bound if rounding explains it"
+                f"expert {expert.index}: merging it changed the probe's logits by {drift:.3g} of their standard"
+                f" deviation, more than cascade.max_boundary_drift {self.max_boundary_drift:g}: the numbers have"
+                " diverged or the merge is wrong; lower training.learning_rate, or raise the bound if it is rounding"
             )
-        statistics = {
-            one.name: experts.delta_statistics(merged[one.name], one.scaling) for one in self.weights
-        }
+        statistics = {one.name: experts.delta_statistics(merged[one.name], one.scaling) for one in self.weights}
         norm = math.hypot(*(of_one.norm for of_one in statistics.values()))
         overlap = None if expert.index == 1 else self.overlap(merged, norm)
         self.slow = merged
@@ -234,9 +234,7 @@ class Cascade:
         product = sum(
             experts.delta_inner_product(merged[one.name], self.slow[one.name], one.scaling) for one in self.weights
         )
-        before = math.hypot(
-            *(experts.delta_statistics(self.slow[one.name], one.scaling).norm for one in self.weights)
-        )
+        before = math.hypot(*(experts.delta_statistics(self.slow[one.name], one.scaling).norm for one in self.weights))
         return product / (norm * before) if norm * before > 0 else 0.0
 
 

@@ -127,15 +127,16 @@ def explain(error: ValidationError, places: dict[str, str]) -> ConfigError:
         if location[:1] == ["adapter"] and location[1:2] == ["target_modules"]:
             del location[2:]
         key = ".".join(location)
+        context = detail.get("ctx", {})
         place = f" ({places[key]})" if key in places else ""
         if detail["type"] == "extra_forbidden":
             lines.append(f"unknown key {key}{place}{did_you_mean(key, list(fields_of()))}")
         elif detail["type"] == "missing":
             lines.append(f"{key} is needed: set it in the recipe or with --{key}")
         elif detail["type"] == "value_error":
-            lines.append(str(detail["ctx"]["error"]))
+            lines.append(str(context.get("error")))
         elif detail["type"] == "union_tag_invalid":
-            lines.append(f"task.name is {detail['ctx']['tag']!r}: one of {detail['ctx']['expected_tags']} is needed")
+            lines.append(f"task.name is {context.get('tag')!r}: one of {context.get('expected_tags')} is needed")
         else:
             need = detail["msg"].replace("Input should be ", "needs to be ")
             lines.append(f"{key} is {detail['input']!r}{place}: {need}")
@@ -223,7 +224,8 @@ def parse_command_line(arguments: Sequence[str], default_recipe: Path) -> Invoca
         raise ConfigError(f"unknown argument {unknown[0]}{did_you_mean(flag, flags)}")
     if options.deepspeed is not None:
         raise ConfigError(
-            f"--deepspeed {options.deepspeed}: this version trains on one process without an engine; leave --deepspeed out"
+            f"--deepspeed {options.deepspeed}: this version trains on one process without an engine;"
+            " leave --deepspeed out"
         )
     overrides = {key: value for key, value in vars(options).items() if "." in key and value is not None}
     content, places = load_yaml(options.config)
@@ -254,3 +256,7 @@ def describe(config: Config) -> str:
 def json_schema() -> str:
     """The schema of a recipe, for editors."""
     return json.dumps(Config.model_json_schema(), indent=2, ensure_ascii=False) + "\n"
+
+
+if __name__ == "__main__":
+    print(json_schema(), end="")

@@ -41,46 +41,50 @@ class Section(BaseModel):
 
 class ModelConfig(Section):
     name_or_path: str = Field(
-        "quickstart", description="Hub id or local folder of the model; `quickstart` is the one in the package."
+        default="quickstart", description="Hub id or local folder of the model; `quickstart` is the one in the package."
     )
-    revision: str | None = Field(None, description="Branch, tag or commit of a hub model.")
+    revision: str | None = Field(default=None, description="Branch, tag or commit of a hub model.")
     dtype: Literal["float32", "bfloat16"] = Field(
-        "float32", description="Storage dtype of the weights; the LoRA pairs are float32 in any case."
+        default="float32", description="Storage dtype of the weights; the LoRA pairs are float32 in any case."
     )
-    trust_remote_code: bool = Field(False, description="Run Python code that comes with the model.")
+    trust_remote_code: bool = Field(default=False, description="Run Python code that comes with the model.")
 
 
 class AdapterConfig(Section):
-    method: Literal["lora"] = Field("lora", description="The adapter of each expert.")
-    rank: int = Field(8, ge=1, description="Rank r of each expert.")
-    lora_alpha: float = Field(16.0, gt=0, description="Scaling numerator: s = lora_alpha / rank.")
-    use_rslora: bool = Field(False, description="Rank-stabilised scaling: s = lora_alpha / sqrt(rank).")
-    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the input of the LoRA branch.")
+    method: Literal["lora"] = Field(default="lora", description="The adapter of each expert.")
+    rank: int = Field(default=8, ge=1, description="Rank r of each expert.")
+    lora_alpha: float = Field(default=16.0, gt=0, description="Scaling numerator: s = lora_alpha / rank.")
+    use_rslora: bool = Field(default=False, description="Rank-stabilised scaling: s = lora_alpha / sqrt(rank).")
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="Dropout on the input of the LoRA branch.")
     target_modules: Annotated[tuple[str, ...], Field(strict=False, min_length=1)] = Field(
-        ("q_proj", "v_proj"), description="Names, or ends of dotted paths, of the linear layers to adapt."
+        default=("q_proj", "v_proj"), description="Names, or ends of dotted paths, of the linear layers to adapt."
     )
 
 
 class CascadeConfig(Section):
     strategy: Literal["lora", "cascade", "slow", "lorasc"] = Field(
-        "lorasc",
-        description="lora: one expert; cascade: one after the other; slow: cascade and averaging; lorasc: slow and noise.",
+        default="lorasc",
+        description="lora: one expert; cascade: one after the other; slow: with averaging; lorasc: with averaging"
+        " and noise.",
     )
-    experts: int | None = Field(None, ge=1, description="Number of experts T; null: one per epoch.")
+    experts: int | None = Field(default=None, ge=1, description="Number of experts T; null: one per epoch.")
     slow_retention: float = Field(
-        0.6, ge=0, lt=1, description="α: how much of the slow expert stays at each boundary (slow, lorasc)."
+        default=0.6, ge=0, lt=1, description="α: how much of the slow expert stays at each boundary (slow, lorasc)."
     )
     noise_intensity: float = Field(
-        0.1, ge=0, description="λ: width of the noise, in standard deviations of the slow expert's change (lorasc)."
+        default=0.1,
+        ge=0,
+        description="λ: width of the noise, in standard deviations of the slow expert's change (lorasc).",
     )
     accumulator: Literal["device", "host"] = Field(
-        "device", description="Where the float32 sums behind bfloat16 weights live: beside the weights, or in host memory."
+        default="device",
+        description="Where the float32 sums behind bfloat16 weights live: beside the weights, or in host memory.",
     )
     max_boundary_drift: float | None = Field(
-        None,
+        default=None,
         gt=0,
         description="Largest change of the probe batch's logits that a merge may make, over their standard deviation;"
-        " null: 1e-3 in float32, 5e-2 in bfloat16.",
+        " null: 1e-3 in float32, 2e-1 in bfloat16.",
     )
 
     @model_validator(mode="after")
@@ -94,16 +98,20 @@ class CascadeConfig(Section):
 
 
 class DigitsConfig(Section):
-    name: Literal["digits"] = Field("digits", description="Handwritten digits as text, from one domain to another.")
-    domain: Literal["upright", "mirrored", "rotated", "blurred"] = Field(
-        "mirrored", description="The new domain; the model in the package knows upright digits."
+    name: Literal["digits"] = Field(
+        default="digits", description="Handwritten digits as text, from one domain to another."
     )
-    train_examples: int = Field(100, ge=1, le=296, description="Training examples in the new domain.")
-    dev_examples: int = Field(100, ge=1, le=296, description="Examples for selection; 297 images are left for both.")
-    test_examples: int = Field(500, ge=1, le=500, description="Test images, the same ones in every domain.")
-    label_noise: float = Field(0.3, ge=0, le=1, description="Share of training examples with a wrong label.")
+    domain: Literal["upright", "mirrored", "rotated", "blurred"] = Field(
+        default="mirrored", description="The new domain; the model in the package knows upright digits."
+    )
+    train_examples: int = Field(default=100, ge=1, le=296, description="Training examples in the new domain.")
+    dev_examples: int = Field(
+        default=100, ge=1, le=296, description="Examples for selection; 297 images are left for both."
+    )
+    test_examples: int = Field(default=500, ge=1, le=500, description="Test images, the same ones in every domain.")
+    label_noise: float = Field(default=0.3, ge=0, le=1, description="Share of training examples with a wrong label.")
     loss: Literal["lm", "classification"] = Field(
-        "lm", description="Cross-entropy over the answer's tokens, or over the candidates."
+        default="lm", description="Cross-entropy over the answer's tokens, or over the candidates."
     )
 
     @model_validator(mode="after")
@@ -117,11 +125,15 @@ class DigitsConfig(Section):
 
 
 class TextConfig(Section):
-    name: Literal["text"] = Field("text", description="Causal language modelling on your own files.")
+    name: Literal["text"] = Field(default="text", description="Causal language modelling on your own files.")
     train_file: str = Field(description="A .txt file (one document), or .jsonl with one document a row.")
-    eval_file: str | None = Field(None, description="Held-out text; null: the last tenth of train_file.")
-    text_field: str = Field("text", min_length=1, description="The field of a .jsonl row that holds the document.")
-    block_size: int = Field(256, ge=2, description="Tokens in a training sequence; documents are packed end to end.")
+    eval_file: str | None = Field(default=None, description="Held-out text; null: the last tenth of train_file.")
+    text_field: str = Field(
+        default="text", min_length=1, description="The field of a .jsonl row that holds the document."
+    )
+    block_size: int = Field(
+        default=256, ge=2, description="Tokens in a training sequence; documents are packed end to end."
+    )
 
     @model_validator(mode="after")
     def known_suffixes(self) -> TextConfig:
@@ -132,37 +144,49 @@ class TextConfig(Section):
 
 
 class TrainingConfig(Section):
-    epochs: float = Field(5.0, gt=0, description="Passes over the training examples; fractions are allowed.")
-    batch_size: int = Field(4, ge=1, description="Global batch: examples per optimizer step, over all accumulation.")
-    micro_batch_size: int | None = Field(
-        None, ge=1, description="Examples per forward pass; null: the whole batch. Less memory, the same result."
+    epochs: float = Field(default=5.0, gt=0, description="Passes over the training examples; fractions are allowed.")
+    batch_size: int = Field(
+        default=4, ge=1, description="Global batch: examples per optimizer step, over all accumulation."
     )
-    eval_batch_size: int = Field(64, ge=1, description="Sequences per forward pass of an evaluation.")
-    learning_rate: float = Field(1e-4, gt=0, description="Peak learning rate of AdamW.")
-    weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay.")
-    max_grad_norm: float | None = Field(1.0, gt=0, description="Gradients are clipped to this norm; null: not clipped.")
-    schedule: Literal["linear", "cosine", "constant"] = Field("linear", description="Decay of the learning rate.")
+    micro_batch_size: int | None = Field(
+        default=None,
+        ge=1,
+        description="Examples per forward pass; null: the whole batch. Less memory, the same result.",
+    )
+    eval_batch_size: int = Field(default=64, ge=1, description="Sequences per forward pass of an evaluation.")
+    learning_rate: float = Field(default=1e-4, gt=0, description="Peak learning rate of AdamW.")
+    weight_decay: float = Field(default=0.0, ge=0, description="AdamW's decoupled weight decay.")
+    max_grad_norm: float | None = Field(
+        default=1.0, gt=0, description="Gradients are clipped to this norm; null: not clipped."
+    )
+    schedule: Literal["linear", "cosine", "constant"] = Field(
+        default="linear", description="Decay of the learning rate."
+    )
     schedule_span: Literal["expert", "run"] = Field(
-        "expert", description="The schedule starts again, compressed, with every expert, or spans the whole run."
+        default="expert",
+        description="The schedule starts again, compressed, with every expert, or spans the whole run.",
     )
     warmup_steps: int = Field(
-        0, ge=0, description="Warm-up of the run in optimizer steps; compressed with the schedule into each expert."
+        default=0,
+        ge=0,
+        description="Warm-up of the run in optimizer steps; compressed with the schedule into each expert.",
     )
     max_length: int | None = Field(
-        None,
+        default=None,
         ge=2,
-        description="Longest sequence in tokens; longer ones keep their end. null: the model's limit, and longer is an error.",
+        description="Longest sequence in tokens; longer ones keep their end. null: the model's limit, and longer is"
+        " an error.",
     )
-    seed: int = Field(0, ge=0, lt=2**64, description="Seed of everything: data, order, dropout, pairs, noise.")
+    seed: int = Field(default=0, ge=0, lt=2**64, description="Seed of everything: data, order, dropout, pairs, noise.")
     evaluate: Literal["epoch", "end"] = Field(
-        "epoch",
+        default="epoch",
         description="Score every split before training and after every epoch (and every expert, where there are no more"
         " of them than epochs), or before and after only.",
     )
     select: Literal["last", "best_dev"] = Field(
-        "last", description="What ships: the last weights, or those of the epoch with the lowest dev loss."
+        default="last", description="What ships: the last weights, or those of the epoch with the lowest dev loss."
     )
-    save_model: bool = Field(True, description="Write the merged model to `model/`.")
+    save_model: bool = Field(default=True, description="Write the merged model to `model/`.")
 
     @model_validator(mode="after")
     def consistent(self) -> TrainingConfig:
@@ -181,8 +205,8 @@ class TrainingConfig(Section):
 
 
 class TrackingConfig(Section):
-    log_steps: int = Field(10, ge=1, description="Optimizer steps between two records of the loss.")
-    tensorboard: bool = Field(True, description="Write `tensorboard/`.")
+    log_steps: int = Field(default=10, ge=1, description="Optimizer steps between two records of the loss.")
+    tensorboard: bool = Field(default=True, description="Write `tensorboard/`.")
 
 
 class Config(Section):

@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -77,7 +78,7 @@ class Encoder:
     @property
     def pad_id(self) -> int:
         """Fills a batch up. Which token it is does not matter: padding is masked by length."""
-        return self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
+        return 0 if self.tokenizer.pad_token_id is None else single_id(self.tokenizer.pad_token_id)
 
     def encode(self, task: Task) -> dict[str, list[EncodedExample]]:
         """Every split of the task.
@@ -89,9 +90,9 @@ class Encoder:
         encode_split = self.pack if task.kind == "documents" else self.encode_each
         encoded = {}
         for split, examples in task.splits.items():
-            encoded[split] = encode_split(examples)
-            if not encoded[split]:
+            if not examples:
                 raise DataError(f"the split {split} of task {task.name} is empty: more data is needed")
+            encoded[split] = encode_split(examples)
         return encoded
 
     def tokens(self, texts: Iterable[tuple[str, str]]) -> dict[str, list[int]]:
@@ -133,7 +134,8 @@ class Encoder:
             )
         if scored > self.limit - 2:
             raise DataError(
-                f"{where}: the answer of {scored} tokens is truncated away at training.max_length {self.limit}: raise it"
+                f"{where}: the answer of {scored} tokens is truncated away at training.max_length {self.limit}:"
+                " raise it"
             )
         self.truncated += 1
         head = ids[:1] if ids[0] == self.tokenizer.bos_token_id else []
@@ -142,7 +144,7 @@ class Encoder:
     def pack(self, documents: Sequence[Example]) -> list[EncodedExample]:
         """Documents end to end, each closed by the end-of-text token, cut into blocks."""
         assert self.block_size is not None
-        end = [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
+        end = [] if self.tokenizer.eos_token_id is None else [single_id(self.tokenizer.eos_token_id)]
         tokens = self.tokens((document.texts[0], document.id) for document in documents)
         stream = [id for document in documents for id in (*tokens[document.texts[0]], *end)]
         blocks = [stream[at : at + self.block_size] for at in range(0, len(stream), self.block_size)]
@@ -151,6 +153,11 @@ class Encoder:
             for number, block in enumerate(blocks, start=1)
             if len(block) > 1
         ]
+
+
+def single_id(id: int | list[int] | Any) -> int:
+    """A special token's id; where a tokenizer lists several, the first."""
+    return int(id[0]) if isinstance(id, list) else int(id)
 
 
 def trimmed(text: str) -> str:
@@ -191,10 +198,15 @@ class Batch:
         return self.input_ids.numel() if self.attention_mask is None else int(self.attention_mask.sum())
 
     def to(self, device: torch.device) -> Batch:
-        tensors = {
-            name: value.to(device) for name in self.__slots__ if isinstance(value := getattr(self, name), Tensor)
-        }
-        return Batch(**{name: getattr(self, name) for name in self.__slots__} | tensors)
+        return replace(
+            self,
+            input_ids=self.input_ids.to(device),
+            attention_mask=None if self.attention_mask is None else self.attention_mask.to(device),
+            token_input=self.token_input.to(device),
+            token_position=self.token_position.to(device),
+            token_target=self.token_target.to(device),
+            token_sequence=self.token_sequence.to(device),
+        )
 
 
 def collate(examples: Sequence[Sequence[ScoredTokens]], gold: Sequence[int], pad_id: int) -> Batch:

@@ -93,7 +93,7 @@ def marked(tokenizer: PreTrainedTokenizerBase, tokens: ScoredTokens) -> str:
     """The decoded sequence with its scored end marked; long ones without their middle."""
     cut = len(tokens.ids) - tokens.scored
     given, scored = (
-        str(tokenizer.decode(ids)).replace("\n", "\\n") for ids in (tokens.ids[:cut], tokens.ids[cut:])
+        str(tokenizer.decode(list(ids))).replace("\n", "\\n") for ids in (tokens.ids[:cut], tokens.ids[cut:])
     )
     return f"{shortened(given)}[[{shortened(scored)}]]"
 

@@ -71,7 +71,9 @@ def accuracy(
             counted += len(chosen)
         else:
             firsts = [sum(batch.candidates[:i]) for i in range(len(chosen))]
-            targets = torch.tensor([f + g for f, g in zip(firsts, gold, strict=True)], device=batch.token_sequence.device)
+            targets = torch.tensor(
+                [f + g for f, g in zip(firsts, gold, strict=True)], device=batch.token_sequence.device
+            )
             of_targets = torch.isin(batch.token_sequence, targets)
             total_loss -= float(log_probabilities[of_targets].double().sum())
             counted += int(of_targets.sum())

@@ -57,7 +57,9 @@ class Preparation:
         trained = sum(one.A.numel() + one.B.numel() for one in self.weights)
         frozen = sum(p.numel() for p in self.shape.parameters() if not p.requires_grad)
         first = plan.expert(1)
-        experts = "1 expert" if plan.experts == 1 else f"{plan.experts} experts of about {plan.steps / plan.experts:g} steps"
+        experts = (
+            "1 expert" if plan.experts == 1 else f"{plan.experts} experts of about {plan.steps / plan.experts:g} steps"
+        )
         span = "over the whole run" if training.schedule_span == "run" else "once per expert"
         warmup = compressed_warmup(
             training.warmup_steps, plan.steps if training.schedule_span == "run" else first.steps, plan.steps

@@ -58,7 +58,9 @@ def finished_summary(directory: Path, config: Config, resume: str) -> dict[str, 
     new = flatten(config.model_dump(mode="json"))
     changed = [f"{key} {old.get(key)} -> {new.get(key)}" for key in sorted(old | new) if old.get(key) != new.get(key)]
     if changed:
-        raise ConfigError(f"--output_dir {directory} holds a run of another configuration ({', '.join(changed)}): {remedy}")
+        raise ConfigError(
+            f"--output_dir {directory} holds a run of another configuration ({', '.join(changed)}): {remedy}"
+        )
     if state != "done":
         raise ConfigError(
             f"--output_dir {directory} holds an unfinished run (state {state}), and this version keeps no checkpoints"
@@ -72,7 +74,10 @@ def git_commit() -> str | None:
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
         result = subprocess.run(
-            [*git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"], capture_output=True, text=True, check=False
+            [*git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+            capture_output=True,
+            text=True,
+            check=False,
         )
     except FileNotFoundError:
         return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -39,7 +40,7 @@ class Tracker:
         self.task = task
         self.experts = experts
         self.log_steps = log_steps
-        self.metrics = open(directory / "metrics.jsonl", "a", encoding="utf-8")
+        self.metrics = (directory / "metrics.jsonl").open("a", encoding="utf-8")
         self.writer = SummaryWriter(directory / "tensorboard") if tensorboard else None
         self.bar = tqdm(total=steps, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True)
         self.step = 0
@@ -52,7 +53,9 @@ class Tracker:
     def __enter__(self) -> Tracker:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if error is not None:
             self.status("failed", " ".join(f"{type(error).__name__}: {error}".split()))
         self.bar.close()
@@ -71,7 +74,7 @@ class Tracker:
     def record(self, event: str, epoch: float, values: dict[str, Any]) -> None:
         """One object of `metrics.jsonl`."""
         place = {"event": event, "step": self.step, "expert": self.expert, "epoch": round(epoch, 4)}
-        self.metrics.write(json.dumps(place | values) + "\n")
+        self.metrics.write(json.dumps(without_nan(place | values)) + "\n")
         self.metrics.flush()
 
     def scalars(self, values: dict[str, float]) -> None:
@@ -88,7 +91,9 @@ class Tracker:
         for summary in hparams(plain, {f"eval/{self.task}/dev/loss": 0.0}):
             self.writer.file_writer.add_summary(summary)  # type: ignore[union-attr]
 
-    def trained(self, epoch: float, learning_rate: float, loss: float, grad_norm: float, tokens: int, seconds: float) -> None:
+    def trained(
+        self, epoch: float, learning_rate: float, loss: float, grad_norm: float, tokens: int, seconds: float
+    ) -> None:
         """One optimizer step has been taken; recorded every `log_steps` as means."""
         self.step += 1
         self.window.append({"loss": loss, "grad_norm": grad_norm, "tokens": tokens, "seconds": seconds})
@@ -129,13 +134,23 @@ class Tracker:
                 if self.writer is not None:
                     self.writer.add_histogram(f"lorasc/{key}_by_weight", np.array(list(value.values())), self.step)
             elif value is not None:
-                self.scalars({f"lorasc/{'open' if event == 'open' else 'close'}_{key}" if key == "seconds" else f"lorasc/{key}": value})
+                self.scalars(
+                    {
+                        f"lorasc/{'open' if event == 'open' else 'close'}_{key}"
+                        if key == "seconds"
+                        else f"lorasc/{key}": value
+                    }
+                )
 
     def evaluated(self, when: str, epoch: float, scores: Scores, headline: str) -> None:
         """Scores of all splits; the line shows `headline` of each."""
         self.record("eval", epoch, {"scores": scores})
         self.scalars(
-            {f"eval/{self.task}/{split}/{metric}": v for split, of_split in scores.items() for metric, v in of_split.items()}
+            {
+                f"eval/{self.task}/{split}/{metric}": v
+                for split, of_split in scores.items()
+                for metric, v in of_split.items()
+            }
         )
         if not self.headed:
             self.headed = True
@@ -143,6 +158,13 @@ class Tracker:
         cells = [f"{show(headline, of_split[headline]):>{len(split)}}" for split, of_split in scores.items()]
         self.say(" | ".join((f"{when:<15}", *cells, f"{scores['dev']['loss']:8.3f}")))
         self.status("running", "training")
+
+
+def without_nan(value: Any) -> Any:
+    """JSON has no NaN and no infinity: they become null."""
+    if isinstance(value, dict):
+        return {key: without_nan(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def show(metric: str, value: float) -> str:

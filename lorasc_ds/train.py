@@ -21,7 +21,6 @@ from transformers import PreTrainedModel
 from lorasc_ds import models, run_directory
 from lorasc_ds.adapters import AdaptedWeight
 from lorasc_ds.algorithm.ledger import Adapter, Base, Ledger, digest
-from lorasc_ds.algorithm.plan import Expert
 from lorasc_ds.cascade import Cascade, pair_parameters, weights_sha256
 from lorasc_ds.cli import Invocation, parse_command_line, to_yaml
 from lorasc_ds.config import Config

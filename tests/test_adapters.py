@@ -125,7 +125,9 @@ def test_conv1d_is_refused_by_name() -> None:
 
 def test_a_tied_weight_is_refused_by_name() -> None:
     config = Qwen2Config(**SMALL, intermediate_size=48, num_key_value_heads=2, tie_word_embeddings=True)
-    with pytest.raises(ConfigError, match=r"lm_head and model\.embed_tokens share one tensor|embed_tokens and lm_head share"):
+    with pytest.raises(
+        ConfigError, match=r"lm_head and model\.embed_tokens share one tensor|embed_tokens and lm_head share"
+    ):
         attached(Qwen2ForCausalLM(config), "lm_head")
 
 

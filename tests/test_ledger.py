@@ -83,7 +83,9 @@ def test_replay_agrees_with_plain_loops(tmp_path: Path, dtype: str, experts: int
         expected = weights[name].float().numpy()
         for record in ledger.experts[:experts]:
             if record.noise_scale[name]:
-                expected = reference.add(expected, reference.noise(SHAPE, record.noise_scale[name], position, record.index, 7))
+                expected = reference.add(
+                    expected, reference.noise(SHAPE, record.noise_scale[name], position, record.index, 7)
+                )
             pair = random_pair(*SHAPE, 2, seed=10 * record.index + position)
             expected = reference.add(expected, reference.delta(pair.A.numpy(), pair.B.numpy(), S))
         assert replayed.dtype == getattr(torch, dtype)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import reference
@@ -25,7 +27,7 @@ def test_delta_agrees_with_a_plain_loop_in_every_slicing(rank: int) -> None:
     for cuts in cuts_of.values():
         edges = [0, *cuts, len(base)]
         sliced = base.clone()
-        for start, stop in zip(edges, edges[1:], strict=False):
+        for start, stop in pairwise(edges):
             merge.add_delta_(sliced[start:stop], pair, 0.7, start)
         assert np.array_equal(sliced.view(301, 211).numpy(), expected)
 

@@ -71,8 +71,16 @@ def plain_cascade(directory: Path, experts: int, **settings: Any) -> list[dict[s
         (5, {}, {}),  # boundaries inside epochs: 5 experts over 9 steps
         (9, {}, {}),  # one expert per optimizer step
         (3, {"adapter.dropout": 0.2, "training.micro_batch_size": 2}, {"dropout": 0.2}),
-        (2, {"cascade.strategy": "cascade", "training.max_grad_norm": 0.1}, {"slow_retention": 0.0, "noise_intensity": 0.0}),
-        (2, {"cascade.strategy": "slow", "adapter.use_rslora": "true"}, {"noise_intensity": 0.0, "s": 16 / math.sqrt(8)}),
+        (
+            2,
+            {"cascade.strategy": "cascade", "training.max_grad_norm": 0.1},
+            {"slow_retention": 0.0, "noise_intensity": 0.0},
+        ),
+        (
+            2,
+            {"cascade.strategy": "slow", "adapter.use_rslora": "true"},
+            {"noise_intensity": 0.0, "s": 16 / math.sqrt(8)},
+        ),
     ],
     ids=["T=1", "T=3", "T=5", "every step", "dropout, accumulation", "cascade, clipped", "slow, rsLoRA"],
 )
@@ -137,7 +145,9 @@ def test_live_saved_and_replayed_weights_have_one_digest(run: Start, dtype: str)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_saved_model_computes_what_the_live_one_does(run: Start, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_saved_model_computes_what_the_live_one_does(
+    run: Start, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     live: list[Trainer] = []
     build = Trainer.__init__
     monkeypatch.setattr(Trainer, "__init__", lambda self, *a: (build(self, *a), live.append(self))[0])
@@ -168,7 +178,14 @@ def test_the_same_seed_gives_the_same_bits_and_another_gives_others(run: Start) 
 def test_accumulation_changes_nothing_but_rounding(run: Start, loss: str) -> None:
     """The loss is that of the global batch, whatever the micro batches; 10 examples leave a short last batch."""
     whole, split = (
-        run(**{"task.loss": loss, "training.micro_batch_size": micro, "task.train_examples": 10, "tracking.log_steps": 1})
+        run(
+            **{
+                "task.loss": loss,
+                "training.micro_batch_size": micro,
+                "task.train_examples": 10,
+                "tracking.log_steps": 1,
+            }
+        )
         for micro in (4, 1)
     )
     losses = [[record["loss"] for record in one.metrics("step")] for one in (whole, split)]
@@ -235,7 +252,9 @@ def test_the_first_step_after_a_boundary_is_adam_s_first(tmp_path: Path) -> None
     torch.testing.assert_close(trainer.weights[0].B.detach(), -1e-2 * g / (g.abs() + 1e-8), rtol=1e-4, atol=1e-7)
 
 
-def test_a_wrong_scaling_in_the_merge_stops_the_run(run: Start, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_wrong_scaling_in_the_merge_stops_the_run(
+    run: Start, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     merge_ = cascade_module.merge.merge_
     monkeypatch.setattr(
         cascade_module.merge, "merge_", lambda storage, acc, pair, s, start: merge_(storage, acc, pair, 1.1 * s, start)

@@ -35,7 +35,7 @@ def digest(weights: Iterable[Tensor]) -> str:
     """sha256 over the little-endian bytes of the weights, one after the other, nothing between them."""
     total = hashlib.sha256()
     for weight in weights:
-        total.update(weight.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        total.update(weight.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return total.hexdigest()
 
 
@@ -118,7 +118,9 @@ class Ledger:
         for name in self.weights:
             for part, tensor in zip(("slow_A", "slow_B"), slow[name], strict=True):
                 if not torch.isfinite(tensor).all():
-                    raise LedgerError(f"{self.directory}: {name}.{part} of expert {index} holds a number that is not finite")
+                    raise LedgerError(
+                        f"{self.directory}: {name}.{part} of expert {index} holds a number that is not finite"
+                    )
                 tensors[f"{name}.{part}"] = tensor.detach().float().cpu().contiguous()
         path = self.directory / f"expert_{index:04d}.safetensors"
         write_atomically(path, save(tensors))
@@ -169,12 +171,10 @@ class Ledger:
         if found != self.base.sha256:
             raise LedgerError(
                 f"the adapted weights of {self.base.name} have sha256 {found}, but this ledger was written for"
-                f" {self.base.sha256}: load the revision ({self.base.revision}) and dtype ({self.base.dtype}) of the run"
+                f" {self.base.sha256}: load the run's revision ({self.base.revision}) and dtype ({self.base.dtype})"
             )
 
-    def replay(
-        self, base_weight: Callable[[str], Tensor], experts: int | None = None
-    ) -> Iterator[tuple[str, Tensor]]:
+    def replay(self, base_weight: Callable[[str], Tensor], experts: int | None = None) -> Iterator[tuple[str, Tensor]]:
         """The adapted weights after the first `experts` experts (default: all), one at a time.
 
         Args:
@@ -186,9 +186,7 @@ class Ledger:
         """
         records = self.experts[:experts]
         with ExitStack() as stack:
-            files = [
-                stack.enter_context(safe_open(self.directory / record.file, framework="pt")) for record in records
-            ]
+            files = [stack.enter_context(safe_open(self.directory / record.file, framework="pt")) for record in records]
             for position, name in enumerate(self.weights):
                 base = base_weight(name)
                 accumulator = base.detach().float().flatten().clone()

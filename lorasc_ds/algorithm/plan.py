@@ -36,7 +36,9 @@ class Plan:
 
     def __post_init__(self) -> None:
         if not 1 <= self.experts <= self.steps:
-            raise ValueError(f"experts must be between 1 and the number of optimizer steps ({self.steps}), got {self.experts}")
+            raise ValueError(
+                f"experts must be between 1 and the number of optimizer steps ({self.steps}), got {self.experts}"
+            )
 
     def expert(self, index: int) -> Expert:
         return Expert(index, (index - 1) * self.steps // self.experts, index * self.steps // self.experts)
@@ -75,5 +77,5 @@ def learning_rate_factor(schedule: str, step: int, steps: int, warmup_steps: int
 
 
 def compressed_warmup(warmup_steps: int, steps: int, run_steps: int) -> int:
-    """The warm-up of a schedule of `steps` steps when the whole run's would be `warmup_steps`: the same share, rounded up."""
+    """The warm-up of a schedule of `steps` steps where the run's is `warmup_steps`: the same share, rounded up."""
     return math.ceil(warmup_steps * steps / run_steps)

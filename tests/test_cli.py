@@ -1,0 +1,279 @@
+"""The command line: recipes, overrides, and one line for everything that is wrong, before anything is loaded."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import RECIPE, ROOT
+from transformers import LlamaForCausalLM
+
+from lorasc_ds.cli import fields_of, json_schema, make_parser, parse_command_line, to_yaml
+from lorasc_ds.config import Config
+from lorasc_ds.errors import ConfigError
+from lorasc_ds.train import main
+
+
+def config_of(recipe: str, *arguments: str, folder: Path) -> Config:
+    path = folder / "recipe.yaml"
+    path.write_text(recipe)
+    invocation = parse_command_line(["--config", str(path), *arguments], RECIPE)
+    assert not isinstance(invocation, str)
+    return invocation.config
+
+
+def test_overrides_win_over_the_recipe_and_the_recipe_over_defaults(tmp_path: Path) -> None:
+    config = config_of(
+        "training:\n  learning_rate: 1e-4\n  epochs: 2\n", "--training.learning_rate", "3e-4", "--model.dtype=bfloat16",
+        "--adapter.target_modules=k_proj,o_proj", "--training.max_grad_norm=null", folder=tmp_path,
+    )  # fmt: skip
+    assert config.training.learning_rate == 3e-4
+    assert config.training.epochs == 2.0
+    assert config.training.batch_size == 4
+    assert config.training.max_grad_norm is None
+    assert config.model.dtype == "bfloat16"
+    assert config.adapter.target_modules == ("k_proj", "o_proj")
+
+
+def test_numbers_and_words_are_what_they_look_like(tmp_path: Path) -> None:
+    config = config_of(
+        "training: {learning_rate: 1e-4}\ntask: {name: text, train_file: no.txt, text_field: on}\n", folder=tmp_path
+    )
+    assert config.training.learning_rate == 1e-4
+    assert config.task.model_dump()["text_field"] == "on"
+
+
+def test_another_task_replaces_the_recipe_s(tmp_path: Path) -> None:
+    config = config_of("task: {domain: rotated}\n", "--task.name=text", "--task.train_file=1e5.txt", folder=tmp_path)
+    assert config.task.model_dump()["train_file"] == "1e5.txt"
+
+
+def test_the_resolved_configuration_reads_back(tmp_path: Path) -> None:
+    config = config_of("adapter: {target_modules: [q_proj]}\n", "--cascade.experts=3", folder=tmp_path)
+    assert config_of(to_yaml(config), folder=tmp_path) == config
+
+
+BAD = {
+    "unknown key": ("training:\n  lerning_rate: 1", [], r"unknown key training\.lerning_rate \(.*yaml:2\); did you mean training\.learning_rate\?"),
+    "unknown section": ("trainin: {}", [], r"unknown key trainin .*did you mean training"),
+    "unknown key of a task": ("task: {domian: rotated}", [], r"unknown key task\.domian .*did you mean task\.domain\?"),
+    "unknown flag": ("", ["--adapter.rnk=3"], r"unknown argument --adapter\.rnk=3; did you mean --adapter\.rank\?"),
+    "duplicate key": ("training:\n  epochs: 1\n  epochs: 2", [], r"yaml:3: training\.epochs stands twice, first at .*yaml:2"),
+    "wrong type": ("training:\n  epochs: many", [], r"training\.epochs is 'many' \(.*yaml:2\): needs to be a valid number"),
+    "wrong type, flag": ("", ["--training.epochs=many"], r"training\.epochs is 'many' \(--training\.epochs\)"),
+    "a truth value as a number": ("training:\n  batch_size: true", [], r"training\.batch_size is True"),
+    "retention of one": ("cascade: {slow_retention: 1.0}", [], r"cascade\.slow_retention is 1\.0 .*less than 1"),
+    "retention below zero": ("", ["--cascade.slow_retention=-0.1"], r"cascade\.slow_retention is -0\.1 .*greater than or equal to 0"),
+    "negative noise": ("", ["--cascade.noise_intensity=-1"], r"cascade\.noise_intensity is -1 .*greater than or equal to 0"),
+    "not a number": ("cascade: {noise_intensity: .nan}", [], r"cascade\.noise_intensity is nan .*finite"),
+    "rank zero": ("", ["--adapter.rank=0"], r"adapter\.rank is 0 .*greater than or equal to 1"),
+    "no targets": ("adapter: {target_modules: []}", [], r"adapter\.target_modules is \[\]"),
+    "float16": ("", ["--model.dtype=float16"], r"model\.dtype is 'float16' .*'float32' or 'bfloat16'"),
+    "two experts of lora": ("", ["--cascade.strategy=lora", "--cascade.experts=2"], r"cascade\.experts is 2, but cascade\.strategy lora trains one"),
+    "batch not divisible": ("", ["--training.batch_size=6", "--training.micro_batch_size=4"], r"batch_size 6 is not divisible by training\.micro_batch_size 4"),
+    "nothing to select from": ("training: {select: best_dev, evaluate: end}", [], r"select best_dev needs the dev loss of every epoch"),
+    "too many images": ("task: {train_examples: 200, dev_examples: 98}", [], r"is more than the 297 images"),
+    "unknown task": ("", ["--task.name=poems"], r"task\.name is 'poems': one of 'digits', 'text' is needed"),
+    "missing key": ("task: {name: text}", [], r"task\.train_file is needed: set it in the recipe or with --task\.train_file"),
+    "unknown suffix": ("task: {name: text, train_file: a.csv}", [], r"task\.train_file is 'a\.csv': a name that ends in"),
+    "no section": ("model: tiny", [], r"model is 'tiny' \(.*yaml:1\): a section with keys"),
+    "no mapping": ("- 1", [], r"holds a list"),
+    "no YAML": ("a: [", [], r"is not YAML"),
+    "a tag": ("a: !!python/object/apply:os.system [true]", [], r"could not determine a constructor"),
+    "deepspeed": ("", ["--deepspeed=zero3.json"], r"--deepspeed zero3\.json: this version trains on one process"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_bad_configuration_is_one_line_and_code_2(
+    case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe, arguments, message = BAD[case]
+    path = tmp_path / "recipe.yaml"
+    path.write_text(recipe)
+    assert main(["--config", str(path), "--output_dir", str(tmp_path / "out"), *arguments], RECIPE) == 2
+    output = capsys.readouterr()
+    assert len(output.err.splitlines()) == 1
+    assert output.err.startswith("error: ")
+    assert re.search(message, output.err), output.err
+    assert not (tmp_path / "out").exists()
+
+
+def outcome(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
+    small = ("--task.train_examples=12", "--task.dev_examples=8", "--task.test_examples=10", "--training.epochs=1")
+    code = main([*(small if not any("task.name" in a for a in arguments) else ()), *arguments], RECIPE)
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    return code, "\n".join(errors)
+
+
+def test_more_experts_than_steps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, error = outcome(capsys, f"--output_dir={tmp_path / 'out'}", "--cascade.experts=4")
+    assert code == 2
+    assert "cascade.experts is 4, but 1 epochs of 3 steps are only 3 optimizer steps" in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_that_cannot_be_loaded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, error = outcome(capsys, f"--output_dir={tmp_path / 'out'}", "--model.name_or_path=some/model")
+    assert code == 2
+    assert error.startswith("error: model.name_or_path some/model: the tokenizer cannot be loaded")
+
+
+def test_pickled_weights_are_refused(tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tiny_folder / "model.safetensors").rename(tiny_folder / "pytorch_model.bin")
+    code, error = outcome(capsys, f"--output_dir={tmp_path / 'out'}", f"--model.name_or_path={tiny_folder}")
+    assert code == 2
+    assert "model.safetensors" in error
+
+
+def test_a_directory_with_something_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    code, error = outcome(capsys, f"--output_dir={tmp_path}")
+    assert code == 2
+    assert "holds something that is no run (thesis.tex): choose another --output_dir" in error
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+    (tmp_path / "file").touch()
+    assert outcome(capsys, f"--output_dir={tmp_path / 'file'}")[0] == 2
+
+
+@pytest.mark.skipif(
+    not Path("/proc/version").exists(), reason="needs a directory that even root cannot write, as in /proc"
+)
+def test_a_directory_that_cannot_be_written(capsys: pytest.CaptureFixture[str]) -> None:
+    code, error = outcome(capsys, "--output_dir=/proc/none")
+    assert code == 2
+    assert "--output_dir /proc/none: No such file or directory; choose a directory that can be written" in error
+
+
+def test_a_finished_run_prints_its_summary_and_another_configuration_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory = f"--output_dir={tmp_path / 'out'}"
+    assert outcome(capsys, directory) == (0, "")
+    metrics = (tmp_path / "out" / "metrics.jsonl").read_bytes()
+    assert (
+        main(
+            [
+                directory,
+                "--task.train_examples=12",
+                "--task.dev_examples=8",
+                "--task.test_examples=10",
+                "--training.epochs=1",
+            ],
+            RECIPE,
+        )
+        == 0
+    )
+    printed = capsys.readouterr().out
+    assert json.loads(printed[printed.index("{") :]) == json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert (tmp_path / "out" / "metrics.jsonl").read_bytes() == metrics
+    code, error = outcome(capsys, directory, "--cascade.strategy=lora")
+    assert code == 2
+    assert "holds a run of another configuration (cascade.strategy lorasc -> lora)" in error
+    assert outcome(capsys, directory, "--resume=never")[0] == 2
+    status = tmp_path / "out" / "status.json"
+    status.write_text(status.read_text().replace("done", "running"))
+    code, error = outcome(capsys, directory)
+    assert code == 2
+    assert "unfinished run (state running)" in error
+
+
+def test_divergence_is_code_3_and_keeps_the_last_good_state(
+    tiny_llama: LlamaForCausalLM, tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny_llama.model.norm.weight.data[0] = torch.inf
+    tiny_llama.save_pretrained(tiny_folder)
+    code, error = outcome(capsys, f"--output_dir={tmp_path / 'out'}", f"--model.name_or_path={tiny_folder}")
+    assert code == 3
+    assert error.startswith("error: step 1: the loss is nan")
+    status = json.loads((tmp_path / "out" / "status.json").read_text())
+    assert status["state"] == "failed"
+    assert (status["step"], status["expert"]) == (0, 1)
+    assert json.loads((tmp_path / "out" / "ledger" / "ledger.json").read_text())["experts"] == []
+    assert not (tmp_path / "out" / "model").exists()
+    for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=pytest.fail)  # NaN is no JSON
+
+
+def test_a_text_run_from_a_jsonl_to_a_lower_perplexity(
+    shared_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = (shared_data / "gsm8k" / "train.jsonl").read_text().splitlines()[:40]
+    (tmp_path / "questions.jsonl").write_text("\n".join(rows))
+    code, error = outcome(
+        capsys, f"--output_dir={tmp_path / 'out'}", "--task.name=text", f"--task.train_file={tmp_path / 'questions.jsonl'}",
+        "--task.text_field=question", "--task.block_size=64", f"--model.name_or_path={shared_data / 'models' / 'stories260K'}",
+        "--training.epochs=2", "--training.learning_rate=3e-3",
+    )  # fmt: skip
+    assert (code, error) == (0, "")
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    before, after = summary["eval_before"]["dev"]["perplexity"], summary["eval"]["dev"]["perplexity"]
+    assert after < 0.9 * before
+
+
+def test_dry_run_prints_the_plan_and_loads_no_weights(
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tiny_folder / "model.safetensors").unlink()
+    arguments = [
+        f"--output_dir={tmp_path / 'out'}",
+        f"--model.name_or_path={tiny_folder}",
+        "--dry_run",
+        "--model.dtype=bfloat16",
+    ]
+    assert main(arguments, RECIPE) == 0
+    printed = capsys.readouterr().out
+    assert "steps     500 = 20 epochs x 25; 20 experts of about 25 steps" in printed
+    assert "batch     4 = 4 micro x 1 process x 1 accumulation" in printed
+    assert "    1  steps 1 to 25" in printed
+    assert printed.count("[[") == 4  # the legend and three examples
+    assert "float32 accumulators" in printed
+    assert not (tmp_path / "out").exists()
+
+
+def test_print_config_shows_every_field_with_its_meaning(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--print_config", "--cascade.experts=7"], RECIPE) == 0
+    printed = capsys.readouterr().out
+    assert yaml.safe_load(printed)["cascade"]["experts"] == 7
+    config = Config.model_validate({"task": {"name": "digits"}})
+    for section in Config.model_fields:
+        for name, field in type(getattr(config, section)).model_fields.items():
+            assert f"  # {field.description}\n  {name}: " in printed
+
+
+def test_every_field_has_a_meaning() -> None:
+    assert all(field.description for fields in fields_of().values() for field in fields)
+
+
+def test_the_schema_beside_the_recipes_is_current() -> None:
+    shipped = ROOT / "launch" / "recipes" / "schema.json"
+    assert shipped.read_text() == json_schema(), "run: python -m lorasc_ds.cli > launch/recipes/schema.json"
+
+
+def test_public_flags_are_frozen() -> None:
+    """A flag is a promise: a new one is added here on purpose, an old one is not taken away."""
+    flags = {option for action in make_parser(RECIPE)._actions for option in action.option_strings}
+    assert sorted(flags) == (ROOT / "tests" / "public_flags.txt").read_text().split()
+
+
+def test_recipes_are_valid() -> None:
+    recipes = sorted((ROOT / "launch" / "recipes").glob("*.yaml"))
+    assert recipes
+    for recipe in recipes:
+        parse_command_line(["--config", str(recipe)], RECIPE)
+
+
+def test_more_processes_than_this_version_can_use_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(os.environ, "WORLD_SIZE", "2")
+    code, error = outcome(capsys, f"--output_dir={tmp_path / 'out'}")
+    assert code == 2
+    assert "the launcher started 2 processes" in error
+    with pytest.raises(ConfigError):
+        parse_command_line(["--config", "/none.yaml"], RECIPE)

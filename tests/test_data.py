@@ -1,0 +1,146 @@
+"""Tokens, what is scored, refusals with the place, and batches."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from lorasc_ds.data import EncodedExample, Encoder, ScoredTokens, TrainingData, collate
+from lorasc_ds.errors import ConfigError, DataError
+from lorasc_ds.models import QUICKSTART_BASE
+from lorasc_ds.tasks import Example, Task
+
+
+@pytest.fixture(scope="session")
+def digits_tokenizer() -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(QUICKSTART_BASE)
+
+
+def encoder(tokenizer: PreTrainedTokenizerBase, **options: int | None) -> Encoder:
+    settings = {"max_length": None, "model_limit": 128, "vocabulary_size": len(tokenizer)} | options
+    return Encoder(tokenizer, **settings)
+
+
+def question(prompt: str = "a b c =", answers: tuple[str, ...] = ("1", "2 3"), gold: int = 0) -> Example:
+    return Example("file:7", prompt, tuple(f"{prompt} {answer}" for answer in answers), (gold,))
+
+
+def test_option_length_is_full_text_less_prompt(digits_tokenizer: PreTrainedTokenizerBase) -> None:
+    """MeZO 1.4, with BOS on both sides."""
+    (encoded,) = encoder(digits_tokenizer).encode_each([question()])
+    assert [candidate.scored for candidate in encoded.candidates] == [1, 2]
+    assert [digits_tokenizer.decode(c.ids) for c in encoded.candidates] == ["<s> a b c = 1", "<s> a b c = 2 3"]
+
+
+def test_only_spaces_are_stripped_so_that_trailing_newlines_stay(shared_data: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(shared_data / "models" / "stories260K")
+    example = Example("x", " Is it?\n ", (" Is it?\nYes\n",), (0,))
+    (encoded,) = encoder(tokenizer, vocabulary_size=10**6, model_limit=None).encode_each([example])
+    (candidate,) = encoded.candidates
+    whole = tokenizer("Is it?\nYes\n")["input_ids"]
+    assert list(candidate.ids) == whole
+    assert candidate.scored == len(tokenizer("Is it?\nYes\n")["input_ids"]) - len(tokenizer("Is it?\n")["input_ids"])
+
+
+def test_long_sequences_keep_bos_and_their_end(digits_tokenizer: PreTrainedTokenizerBase) -> None:
+    made = encoder(digits_tokenizer, max_length=4)
+    (encoded,) = made.encode_each([question("a b c d e f =", ("1",))])
+    assert digits_tokenizer.decode(encoded.target.ids) == "<s> f = 1"
+    assert made.truncated == 1
+
+
+def test_without_max_length_a_long_sequence_is_an_error(digits_tokenizer: PreTrainedTokenizerBase) -> None:
+    with pytest.raises(DataError, match=r"file:7: 6 tokens, but the model has 5 positions: set training.max_length"):
+        encoder(digits_tokenizer, model_limit=5).encode_each([question()][:1])
+
+
+def test_an_answer_truncated_away_is_an_error(digits_tokenizer: PreTrainedTokenizerBase) -> None:
+    with pytest.raises(DataError, match=r"file:7: the answer of 5 tokens is truncated away at training.max_length 6"):
+        encoder(digits_tokenizer, max_length=6).encode_each([question(answers=("1 2 3 4 5",))])
+
+
+def test_an_empty_answer_is_an_error(digits_tokenizer: PreTrainedTokenizerBase) -> None:
+    with pytest.raises(DataError, match="file:7: the answer adds no token"):
+        encoder(digits_tokenizer).encode_each([question(answers=("",))])
+
+
+@pytest.mark.parametrize(
+    ("key", "options"), [("training.max_length", {"max_length": 200}), ("task.block_size", {"block_size": 200})]
+)
+def test_more_than_the_model_s_positions_is_an_error(
+    digits_tokenizer: PreTrainedTokenizerBase, key: str, options: dict[str, int]
+) -> None:
+    with pytest.raises(ConfigError, match=f"{key} is 200, but the model has 128 positions"):
+        encoder(digits_tokenizer, **options)
+
+
+def test_a_token_outside_the_vocabulary_is_an_error(digits_tokenizer: PreTrainedTokenizerBase) -> None:
+    with pytest.raises(DataError, match=r"file:7: token id 16 is outside the model's vocabulary of 16"):
+        encoder(digits_tokenizer, vocabulary_size=16).encode_each([question("c =", ("1",))])
+
+
+def test_an_empty_split_is_an_error(digits_tokenizer: PreTrainedTokenizerBase) -> None:
+    task = Task("made", "documents", "lm", {"train": [Example("x", "", ("a b c",))], "dev": []})
+    with pytest.raises(DataError, match="the split dev of task made is empty"):
+        encoder(digits_tokenizer, block_size=4, vocabulary_size=40).encode(task)
+
+
+def test_documents_are_packed_with_their_end_as_a_target(digits_tokenizer: PreTrainedTokenizerBase) -> None:
+    documents = [Example("x", "", ("a b",)), Example("y", "", ("c",)), Example("z", "", ("d e f g",))]
+    blocks = encoder(digits_tokenizer, block_size=5).pack(documents)
+    assert [digits_tokenizer.decode(block.target.ids) for block in blocks] == [
+        "<s> a b </s> <s>",
+        "c </s> <s> d e",
+        "f g </s>",
+    ]
+    assert [block.target.scored for block in blocks] == [4, 4, 2]  # all but the first token of a block
+
+
+def test_padding_is_masked_by_length_and_eos_stays_a_target(digits_tokenizer: PreTrainedTokenizerBase) -> None:
+    """The pad token may be the end-of-text token: what is scored does not depend on ids."""
+    eos = digits_tokenizer.eos_token_id
+    assert digits_tokenizer.pad_token_id is None
+    assert encoder(digits_tokenizer).pad_id == 0
+    batch = collate([[ScoredTokens((5, 6, eos), 2)], [ScoredTokens((5, 6, 7, 8, eos), 1)]], [0, 0], pad_id=eos)
+    assert batch.input_ids.tolist() == [[5, 6, eos, eos], [5, 6, 7, 8]]
+    assert batch.attention_mask is not None
+    assert batch.attention_mask.tolist() == [[1, 1, 0, 0], [1, 1, 1, 1]]
+    assert batch.token_target.tolist() == [6, eos, eos]
+    assert batch.token_input.tolist() == [0, 0, 1]
+    assert batch.token_position.tolist() == [0, 1, 3]
+
+
+def test_candidates_with_one_input_share_a_forward_pass() -> None:
+    batch = collate([[ScoredTokens((1, 2, answer), 1) for answer in (7, 8, 9)]], [1], pad_id=0)
+    assert batch.input_ids.tolist() == [[1, 2]]
+    assert batch.token_target.tolist() == [7, 8, 9]
+    assert batch.token_sequence.tolist() == [0, 1, 2]
+
+
+def training_data(count: int, **options: int) -> TrainingData:
+    examples = [EncodedExample(str(i), (ScoredTokens((1, i + 2, 2), 1 + i % 2),), (0,)) for i in range(count)]
+    settings = {"batch_size": 4, "micro_batch_size": 2, "seed": 3, "pad_id": 0} | options
+    return TrainingData(examples, loss="lm", **settings)
+
+
+def test_every_epoch_sees_every_example_once_in_its_own_order() -> None:
+    data = training_data(10)
+    assert data.steps_per_epoch == 3
+    epochs = [[id for step in range(3 * e, 3 * e + 3) for id in data.step(step).ids] for e in range(2)]
+    assert sorted(epochs[0], key=int) == sorted(epochs[1], key=int) == [str(i) for i in range(10)]
+    assert epochs[0] != epochs[1]
+    assert [len(data.step(step).ids) for step in range(3)] == [4, 4, 2]
+    assert data.step(4).ids == training_data(10).step(4).ids
+    assert data.step(0).ids != training_data(10, seed=4).step(0).ids
+
+
+def test_micro_batches_split_the_global_batch_in_order() -> None:
+    whole, split = training_data(10, micro_batch_size=4).step(1), training_data(10, micro_batch_size=2).step(1)
+    assert whole.ids == split.ids
+    assert [micro.first for micro in split.micro_batches] == [0, 2]
+    assert whole.normaliser == split.normaliser == sum(1 + int(id) % 2 for id in whole.ids)
+    targets = torch.cat([micro.batch.token_target for micro in split.micro_batches])
+    assert torch.equal(targets, whole.micro_batches[0].batch.token_target)

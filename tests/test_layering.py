@@ -1,0 +1,66 @@
+"""The arrows of the design: who may import whom, read from the source."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "lorasc_ds"
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+OWNERS = {  # engine -> the places that may import it
+    "peft": ("adapters.py",),
+    "deepspeed": ("sharding/",),
+    "torch.distributed": ("sharding/",),
+    "accelerate": ("sharding/", "train.py"),
+    "pydantic": ("config.py", "cli.py"),
+}
+FORBIDDEN = {  # place -> what it must not know
+    "algorithm/": ("lorasc_ds.", "torch.distributed", "peft", "deepspeed", "accelerate", "transformers"),
+    "config.py": ("torch", "lorasc_ds."),
+    "tasks/": ("lorasc_ds.cascade", "lorasc_ds.algorithm", "lorasc_ds.adapters", "lorasc_ds.sharding", "torch"),
+    "data.py": ("lorasc_ds.cascade", "lorasc_ds.algorithm", "lorasc_ds.adapters", "lorasc_ds.sharding"),
+    "tracking.py": ("lorasc_ds.cascade", "lorasc_ds.adapters", "lorasc_ds.sharding"),
+    "adapters.py": ("lorasc_ds.cascade", "lorasc_ds.algorithm", "lorasc_ds.sharding"),
+    "sharding/": ("lorasc_ds.cascade", "lorasc_ds.algorithm", "lorasc_ds.adapters", "peft"),
+    "cascade.py": ("lorasc_ds.train", "lorasc_ds.tasks", "lorasc_ds.data", "peft", "deepspeed", "accelerate"),
+}
+
+
+def imported(path: Path) -> set[str]:
+    nodes = list(ast.walk(ast.parse(path.read_text())))
+    plain = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    return plain | {f"{n.module}.{a.name}" for n in nodes if isinstance(n, ast.ImportFrom) for a in n.names}
+
+
+def within(path: Path, place: str) -> bool:
+    relative = path.relative_to(PACKAGE).as_posix()
+    return relative == place or (place.endswith("/") and relative.startswith(place))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(PACKAGE).as_posix())
+def test_imports_respect_the_layers(path: Path) -> None:
+    names = imported(path)
+    for engine, places in OWNERS.items():
+        uses = {name for name in names if f"{name}.".startswith(f"{engine}.")}
+        assert not uses or any(within(path, place) for place in places), f"{uses} belong to {places}"
+    for place, forbidden in FORBIDDEN.items():
+        if within(path, place):
+            own = {name for name in names if name.startswith(f"lorasc_ds.{place.rstrip('/')}.")}
+            uses = {n for n in names - own for f in forbidden if f"{n}.".startswith(f if f.endswith(".") else f"{f}.")}
+            assert not uses, f"{path.name} must not import {uses}"
+
+
+def test_every_rule_names_something_that_exists() -> None:
+    places = {place for owners in OWNERS.values() for place in owners} | set(FORBIDDEN)
+    assert all((PACKAGE / place).exists() for place in places)
+
+
+def test_nothing_dangerous_is_called() -> None:
+    """Data stays data: no pickle, no eval, no shell, no unsafe YAML."""
+    for path in FILES:
+        text = path.read_text()
+        for word in ("pickle", "weights_only=False", "shell=True", "yaml.unsafe", "torch.load", " eval(", " exec("):
+            assert word not in text, f"{path.name}: {word}"

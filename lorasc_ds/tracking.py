@@ -154,8 +154,8 @@ class Tracker:
         )
         if not self.headed:
             self.headed = True
-            self.say(" | ".join((f"{headline:<15}", *scores, "dev loss")))
-        cells = [f"{show(headline, of_split[headline]):>{len(split)}}" for split, of_split in scores.items()]
+            self.say(" | ".join((f"{headline:<15}", *(f"{split:>5}" for split in scores), "dev loss")))
+        cells = [f"{show(headline, of_split[headline]):>{max(5, len(split))}}" for split, of_split in scores.items()]
         self.say(" | ".join((f"{when:<15}", *cells, f"{scores['dev']['loss']:8.3f}")))
         self.status("running", "training")
 

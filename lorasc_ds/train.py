@@ -17,6 +17,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
 
 from lorasc_ds import models, run_directory
 from lorasc_ds.adapters import AdaptedWeight
@@ -276,6 +277,8 @@ def run(invocation: Invocation) -> None:
         if summary is not None:
             print(f"{directory} is finished; its summary:\n{json.dumps(summary, indent=2)}")
             return
+    if not sys.stderr.isatty():
+        disable_progress_bar()
     accelerator = Accelerator(mixed_precision="no")  # model.dtype owns the precision, whatever the launcher's default
     refuse_unsupported(accelerator)
     preparation = prepare(config)

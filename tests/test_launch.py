@@ -1,0 +1,112 @@
+"""The real command under the real launcher, once: the record it leaves, and that it asks for no network."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import ROOT
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+ENVIRONMENT = {key: value for key, value in os.environ.items() if key != "HF_HUB_OFFLINE"}
+SMALL = [
+    "--task.train_examples=12",
+    "--task.dev_examples=8",
+    "--task.test_examples=10",
+    "--training.epochs=3",
+    "--cascade.strategy=lorasc",
+    "--tracking.log_steps=2",
+]
+
+
+def launch(*arguments: str) -> subprocess.CompletedProcess[bytes]:
+    command = [str(Path(sys.executable).parent / "accelerate"), "launch", "launch/train.py", *arguments]
+    if subprocess.run(["unshare", "-rn", "true"], capture_output=True, check=False).returncode == 0:
+        command = ["unshare", "-rn", *command]  # a network namespace without a network
+    return subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, timeout=250, check=False)
+
+
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.CompletedProcess[bytes], Path]:
+    directory = tmp_path_factory.mktemp("launched") / "run"
+    return launch(f"--output_dir={directory}", *SMALL), directory
+
+
+Launched = tuple[subprocess.CompletedProcess[bytes], Path]
+
+
+def test_it_ends_well_and_says_what_to_do_next(launched: Launched) -> None:
+    result, directory = launched
+    assert result.returncode == 0, result.stderr.decode()
+    printed = result.stdout.decode()
+    lines = printed.splitlines()
+    assert any(line.startswith("before training") for line in lines)
+    assert [line.split("|")[0].strip() for line in lines if line.startswith("expert ")] == [
+        "expert 1/3",
+        "expert 2/3",
+        "expert 3/3",
+    ]
+    assert any(line.split() == ["split", "metric", "before", "after"] for line in lines)
+    assert f"tensorboard --logdir {directory / 'tensorboard'}" in printed
+    assert b"\r" not in result.stdout + result.stderr  # no progress bar where there is no terminal
+
+
+def test_the_run_directory_is_whole(launched: Launched) -> None:
+    _, directory = launched
+    assert {path.name for path in directory.iterdir()} == {
+        "config.yaml", "environment.json", "ledger", "metrics.jsonl", "model", "status.json", "summary.json", "tensorboard"
+    }  # fmt: skip
+    config = directory / "config.yaml"
+    assert config.read_text().startswith("# lorasc_ds ")
+    assert yaml.safe_load(config.read_text())["training"]["epochs"] == 3.0
+    environment = json.loads((directory / "environment.json").read_text())
+    assert environment["packages"].keys() >= {"torch", "transformers", "peft", "accelerate"}
+    assert environment["command"][1:] == [f"--output_dir={directory}", *SMALL]
+    assert json.loads((directory / "status.json").read_text()) == {
+        "state": "done", "step": 9, "expert": 3, "message": "finished"
+    }  # fmt: skip
+    summary = json.loads((directory / "summary.json").read_text())
+    assert summary.keys() >= {
+        "strategy", "adapter", "engine", "world_size", "experts", "steps", "global_batch", "eval", "timing", "weights_sha256"
+    }  # fmt: skip
+    assert summary["timing"].keys() == {"train_seconds", "boundary_seconds", "tokens_per_second", "peak_memory_bytes"}
+    assert len(summary["timing"]["boundary_seconds"]) == 3
+    assert summary["eval"].keys() == {"dev", "new_domain", "new_domain_blurred", "new_domain_noisy", "old_domain"}
+    records = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in records if r["event"] == "step"] == [2, 4, 6, 8, 9]
+    for record in (r for r in records if r["event"] == "step"):
+        assert record.keys() == {"event", "step", "expert", "epoch", "loss", "lr", "grad_norm", "tokens_per_second"}
+
+
+def test_tensorboard_has_one_run_with_every_curve(launched: Launched) -> None:
+    _, directory = launched
+    files = [path for path in (directory / "tensorboard").rglob("*") if path.is_file()]
+    assert {path.parent for path in files} == {directory / "tensorboard"}
+    events = EventAccumulator(str(directory / "tensorboard")).Reload()
+    tags = events.Tags()
+    splits = ("dev", "new_domain", "new_domain_blurred", "new_domain_noisy", "old_domain")
+    assert set(tags["scalars"]) == {
+        "train/loss", "train/lr/pairs", "train/grad_norm", "perf/tokens_per_second",
+        "lorasc/noise_scale", "lorasc/noise_change", "lorasc/open_seconds",
+        "lorasc/norm", "lorasc/std", "lorasc/overlap", "lorasc/lost", "lorasc/averaging_change", "lorasc/drift", "lorasc/close_seconds",
+        *(f"eval/digits/{split}/{metric}" for split in splits for metric in ("accuracy", "loss")),
+    }  # fmt: skip
+    assert set(tags["histograms"]) == {"lorasc/noise_scale_by_weight", "lorasc/std_by_weight"}
+    assert tags["tensors"] == ["config/text_summary"]
+    assert [event.step for event in events.Scalars("lorasc/norm")] == [3, 6, 9]
+    assert [event.step for event in events.Scalars("eval/digits/dev/accuracy")] == [0, 3, 6, 9]
+    hparams = {tag for tag in events.summary_metadata if tag.startswith("_hparams_")}
+    assert hparams == {"_hparams_/experiment", "_hparams_/session_start_info", "_hparams_/session_end_info"}
+
+
+def test_its_code_and_its_one_line_reach_the_user_through_the_launcher(tmp_path: Path) -> None:
+    """accelerate turns every code into 1; the line and plain Python keep it."""
+    command = [sys.executable, "launch/train.py", "--adapter.rank=0"]
+    result = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=100, check=False)
+    assert result.returncode == 2
+    assert result.stderr == "error: adapter.rank is 0 (--adapter.rank): needs to be greater than or equal to 1\n"

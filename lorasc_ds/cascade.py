@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lorasc_ds.adapters import AdaptedWeight
 from lorasc_ds.algorithm import experts, merge
 from lorasc_ds.algorithm.experts import Pair
-from lorasc_ds.algorithm.ledger import Ledger, digest
+from lorasc_ds.algorithm.ledger import Ledger
 from lorasc_ds.algorithm.noise import Purpose, Stream
 from lorasc_ds.algorithm.plan import Expert
 from lorasc_ds.errors import DivergedError
@@ -236,11 +236,6 @@ class Cascade:
         )
         before = math.hypot(*(experts.delta_statistics(self.slow[one.name], one.scaling).norm for one in self.weights))
         return product / (norm * before) if norm * before > 0 else 0.0
-
-
-def weights_sha256(weights: Sequence[AdaptedWeight], backend: Backend) -> str:
-    """Digest of the adapted weights in use, in ledger order."""
-    return digest(backend.full(one.weight) for one in weights)
 
 
 def pair_parameters(weights: Sequence[AdaptedWeight]) -> list[nn.Parameter]:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from transformers import PreTrainedTokenizerBase
 
-from lorasc_ds.data import EncodedExample, ScoredTokens
+from lorasc_ds.encoding import EncodedExample, ScoredTokens
 from lorasc_ds.preparation import Preparation
 
 PREVIEWED_EXAMPLES = 3

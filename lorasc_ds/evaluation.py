@@ -9,11 +9,10 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from lorasc_ds.data import EncodedExample, collate
+from lorasc_ds.data import collate
+from lorasc_ds.encoding import EncodedExample
 from lorasc_ds.objectives import classification_losses, mean_log_probabilities, token_log_probabilities
-from lorasc_ds.tasks import Task
-
-Scores = dict[str, dict[str, float]]  # split -> metric -> value
+from lorasc_ds.tasks import Scores, Task
 
 
 @contextmanager

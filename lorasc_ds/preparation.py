@@ -11,7 +11,8 @@ from lorasc_ds import models
 from lorasc_ds.adapters import AdaptedWeight, attach
 from lorasc_ds.algorithm.plan import Expert, Plan, compressed_warmup, learning_rate_factor
 from lorasc_ds.config import STRATEGIES, Config, TextConfig
-from lorasc_ds.data import EncodedExample, Encoder, TrainingData
+from lorasc_ds.data import TrainingData
+from lorasc_ds.encoding import EncodedExample, Encoder
 from lorasc_ds.errors import ConfigError
 from lorasc_ds.tasks import Task, load_task
 

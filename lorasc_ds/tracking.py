@@ -8,7 +8,7 @@ import sys
 import time
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch.utils.tensorboard import SummaryWriter
@@ -16,9 +16,18 @@ from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
 from lorasc_ds import run_directory
+from lorasc_ds.tasks import Scores
 
 PLAIN_LINE_SECONDS = 30.0  # between two lines of the loss where there is no terminal
-Scores = dict[str, dict[str, float]]  # split -> metric -> value
+
+
+class StepReport(NamedTuple):
+    """An optimizer step: mean loss of the global batch, gradient norm before clipping, tokens read, wall time."""
+
+    loss: float
+    grad_norm: float
+    tokens: int
+    seconds: float
 
 
 class Tracker:
@@ -27,17 +36,30 @@ class Tracker:
     Args:
         directory: the run directory.
         task: name of the task, in the tags of its scores.
+        headline: the metric that the lines of an evaluation show.
         steps: optimizer steps of the run.
+        steps_per_epoch: of them, those of one pass over the training examples.
         experts: experts of the run.
         log_steps: steps between two records of the loss; the records hold means over them.
         tensorboard: whether to write `tensorboard/`.
     """
 
     def __init__(
-        self, directory: Path, *, task: str, steps: int, experts: int, log_steps: int, tensorboard: bool
+        self,
+        directory: Path,
+        *,
+        task: str,
+        headline: str,
+        steps: int,
+        steps_per_epoch: int,
+        experts: int,
+        log_steps: int,
+        tensorboard: bool,
     ) -> None:
         self.directory = directory
         self.task = task
+        self.headline = headline
+        self.steps_per_epoch = steps_per_epoch
         self.experts = experts
         self.log_steps = log_steps
         self.metrics = (directory / "metrics.jsonl").open("a", encoding="utf-8")
@@ -45,7 +67,9 @@ class Tracker:
         self.bar = tqdm(total=steps, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True)
         self.step = 0
         self.expert = 0
-        self.window: list[dict[str, float]] = []
+        self.window: list[StepReport] = []
+        self.seconds, self.tokens = 0.0, 0
+        self.boundary_seconds: list[float] = []
         self.last_line = time.monotonic()
         self.headed = False
         self.status("running", "training")
@@ -63,6 +87,10 @@ class Tracker:
         if self.writer is not None:
             self.writer.close()
 
+    @property
+    def epoch(self) -> float:
+        return self.step / self.steps_per_epoch
+
     def status(self, state: run_directory.State, message: str) -> None:
         run_directory.write_status(self.directory, state, self.step, self.expert, message)
 
@@ -71,9 +99,9 @@ class Tracker:
         with tqdm.external_write_mode(file=sys.stdout):
             print(line, flush=True)
 
-    def record(self, event: str, epoch: float, values: dict[str, Any]) -> None:
+    def record(self, event: str, values: dict[str, Any]) -> None:
         """One object of `metrics.jsonl`."""
-        place = {"event": event, "step": self.step, "expert": self.expert, "epoch": round(epoch, 4)}
+        place = {"event": event, "step": self.step, "expert": self.expert, "epoch": round(self.epoch, 4)}
         self.metrics.write(json.dumps(without_nan(place | values)) + "\n")
         self.metrics.flush()
 
@@ -91,33 +119,25 @@ class Tracker:
         for summary in hparams(plain, {f"eval/{self.task}/dev/loss": 0.0}):
             self.writer.file_writer.add_summary(summary)  # type: ignore[union-attr]
 
-    def trained(
-        self, epoch: float, learning_rate: float, loss: float, grad_norm: float, tokens: int, seconds: float
-    ) -> None:
+    def trained(self, learning_rate: float, step: StepReport) -> None:
         """One optimizer step has been taken; recorded every `log_steps` as means."""
         self.step += 1
-        self.window.append({"loss": loss, "grad_norm": grad_norm, "tokens": tokens, "seconds": seconds})
+        self.seconds += step.seconds
+        self.tokens += step.tokens
+        self.window.append(step)
         self.bar.update()
         if self.step % self.log_steps and self.step != self.bar.total:
             return
-        count = len(self.window)
-        total = {key: sum(one[key] for one in self.window) for key in self.window[0]}
-        self.window.clear()
+        window, self.window = self.window, []
         values = {
-            "loss": total["loss"] / count,
+            "loss": sum(one.loss for one in window) / len(window),
             "lr": learning_rate,
-            "grad_norm": total["grad_norm"] / count,
-            "tokens_per_second": total["tokens"] / total["seconds"],
+            "grad_norm": sum(one.grad_norm for one in window) / len(window),
+            "tokens_per_second": sum(one.tokens for one in window) / sum(one.seconds for one in window),
         }
-        self.record("step", epoch, values)
-        self.scalars(
-            {
-                "train/loss": values["loss"],
-                "train/lr/pairs": learning_rate,
-                "train/grad_norm": values["grad_norm"],
-                "perf/tokens_per_second": values["tokens_per_second"],
-            }
-        )
+        self.record("step", values)
+        tags = ("train/loss", "train/lr/pairs", "train/grad_norm", "perf/tokens_per_second")
+        self.scalars(dict(zip(tags, values.values(), strict=True)))
         state = f"loss {values['loss']:.4f}, {values['tokens_per_second']:,.0f} tokens/s"
         self.bar.set_description(f"expert {self.expert}/{self.experts}", refresh=False)
         self.bar.set_postfix_str(state)
@@ -125,39 +145,57 @@ class Tracker:
             self.last_line = time.monotonic()
             self.say(f"step {self.step}/{self.bar.total}, expert {self.expert}/{self.experts}: {state}")
 
-    def boundary(self, event: str, epoch: float, values: dict[str, Any]) -> None:
-        """An expert was opened or closed. A mapping of values by weight becomes its mean and a histogram."""
-        self.record(event, epoch, values)
-        for key, value in values.items():
-            if isinstance(value, dict):
-                self.scalars({f"lorasc/{key}": float(np.mean(list(value.values())))})
-                if self.writer is not None:
-                    self.writer.add_histogram(f"lorasc/{key}_by_weight", np.array(list(value.values())), self.step)
-            elif value is not None:
-                self.scalars(
-                    {
-                        f"lorasc/{'open' if event == 'open' else 'close'}_{key}"
-                        if key == "seconds"
-                        else f"lorasc/{key}": value
-                    }
-                )
+    def opened(self, expert: int, values: dict[str, Any]) -> None:
+        """An expert begins; `values` say what that did, its `seconds` among them."""
+        self.expert = expert
+        self.boundary_seconds.append(values["seconds"])
+        self.boundary("open", values)
 
-    def evaluated(self, when: str, epoch: float, scores: Scores, headline: str) -> None:
-        """Scores of all splits; the line shows `headline` of each."""
-        self.record("eval", epoch, {"scores": scores})
+    def closed(self, values: dict[str, Any]) -> None:
+        """The expert has been merged."""
+        self.boundary_seconds[-1] += values["seconds"]
+        self.boundary("close", values)
+
+    def boundary(self, event: str, values: dict[str, Any]) -> None:
+        """Records a boundary; a mapping of values by weight becomes its mean and a histogram."""
+        self.record(event, values)
+        for key, value in values.items():
+            tag = f"lorasc/{event}/{key}"
+            if isinstance(value, dict):
+                by_weight = np.array(list(value.values()))
+                self.scalars({tag: float(by_weight.mean())})
+                if self.writer is not None:
+                    self.writer.add_histogram(f"{tag}_by_weight", by_weight, self.step)
+            elif value is not None:
+                self.scalars({tag: value})
+
+    def evaluated(self, when: str, scores: Scores) -> None:
+        """Every split has been scored."""
+        self.record("eval", {"scores": scores})
         self.scalars(
             {
-                f"eval/{self.task}/{split}/{metric}": v
+                f"eval/{self.task}/{split}/{metric}": value
                 for split, of_split in scores.items()
-                for metric, v in of_split.items()
+                for metric, value in of_split.items()
             }
         )
         if not self.headed:
             self.headed = True
-            self.say(" | ".join((f"{headline:<15}", *(f"{split:>5}" for split in scores), "dev loss")))
-        cells = [f"{show(headline, of_split[headline]):>{max(5, len(split))}}" for split, of_split in scores.items()]
+            self.say(" | ".join((f"{self.headline:<15}", *(f"{split:>5}" for split in scores), "dev loss")))
+        cells = (
+            f"{show(self.headline, of_split[self.headline]):>{max(5, len(split))}}"
+            for split, of_split in scores.items()
+        )
         self.say(" | ".join((f"{when:<15}", *cells, f"{scores['dev']['loss']:8.3f}")))
         self.status("running", "training")
+
+    def timing(self) -> dict[str, Any]:
+        """Seconds of all steps, seconds of each boundary, and tokens per second of steps."""
+        return {
+            "train_seconds": self.seconds,
+            "boundary_seconds": self.boundary_seconds,
+            "tokens_per_second": self.tokens / self.seconds,
+        }
 
 
 def without_nan(value: Any) -> Any:

@@ -8,7 +8,8 @@ import pytest
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from lorasc_ds.data import EncodedExample, Encoder, ScoredTokens, TrainingData, collate
+from lorasc_ds.data import TrainingData, collate
+from lorasc_ds.encoding import EncodedExample, Encoder, ScoredTokens
 from lorasc_ds.errors import ConfigError, DataError
 from lorasc_ds.models import QUICKSTART_BASE
 from lorasc_ds.tasks import Example, Task

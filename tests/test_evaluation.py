@@ -8,7 +8,8 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from lorasc_ds.data import EncodedExample, ScoredTokens, collate
+from lorasc_ds.data import collate
+from lorasc_ds.encoding import EncodedExample, ScoredTokens
 from lorasc_ds.evaluation import evaluate
 from lorasc_ds.objectives import summed_loss
 from lorasc_ds.tasks import Example, Task

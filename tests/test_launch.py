@@ -92,13 +92,13 @@ def test_tensorboard_has_one_run_with_every_curve(launched: Launched) -> None:
     splits = ("dev", "new_domain", "new_domain_blurred", "new_domain_noisy", "old_domain")
     assert set(tags["scalars"]) == {
         "train/loss", "train/lr/pairs", "train/grad_norm", "perf/tokens_per_second",
-        "lorasc/noise_scale", "lorasc/noise_change", "lorasc/open_seconds",
-        "lorasc/norm", "lorasc/std", "lorasc/overlap", "lorasc/lost", "lorasc/averaging_change", "lorasc/drift", "lorasc/close_seconds",
+        *(f"lorasc/open/{key}" for key in ("noise_scale", "noise_change", "seconds")),
+        *(f"lorasc/close/{key}" for key in ("norm", "std", "overlap", "lost", "averaging_change", "drift", "seconds")),
         *(f"eval/digits/{split}/{metric}" for split in splits for metric in ("accuracy", "loss")),
     }  # fmt: skip
-    assert set(tags["histograms"]) == {"lorasc/noise_scale_by_weight", "lorasc/std_by_weight"}
+    assert set(tags["histograms"]) == {"lorasc/open/noise_scale_by_weight", "lorasc/close/std_by_weight"}
     assert tags["tensors"] == ["config/text_summary"]
-    assert [event.step for event in events.Scalars("lorasc/norm")] == [3, 6, 9]
+    assert [event.step for event in events.Scalars("lorasc/close/norm")] == [3, 6, 9]
     assert [event.step for event in events.Scalars("eval/digits/dev/accuracy")] == [0, 3, 6, 9]
     hparams = {tag for tag in events.summary_metadata if tag.startswith("_hparams_")}
     assert hparams == {"_hparams_/experiment", "_hparams_/session_start_info", "_hparams_/session_end_info"}
@@ -107,6 +107,8 @@ def test_tensorboard_has_one_run_with_every_curve(launched: Launched) -> None:
 def test_its_code_and_its_one_line_reach_the_user_through_the_launcher(tmp_path: Path) -> None:
     """accelerate turns every code into 1; the line and plain Python keep it."""
     command = [sys.executable, "launch/train.py", "--adapter.rank=0"]
-    result = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=100, check=False)
+    result = subprocess.run(
+        command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=100, check=False
+    )
     assert result.returncode == 2
     assert result.stderr == "error: adapter.rank is 0 (--adapter.rank): needs to be greater than or equal to 1\n"

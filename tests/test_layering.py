@@ -14,13 +14,14 @@ OWNERS = {  # engine -> the places that may import it
     "peft": ("adapters.py",),
     "deepspeed": ("sharding/",),
     "torch.distributed": ("sharding/",),
-    "accelerate": ("sharding/", "train.py"),
+    "accelerate": ("sharding/", "train.py", "trainer.py"),
     "pydantic": ("config.py", "cli.py"),
 }
 FORBIDDEN = {  # place -> what it must not know
     "algorithm/": ("lorasc_ds.", "torch.distributed", "peft", "deepspeed", "accelerate", "transformers"),
     "config.py": ("torch", "lorasc_ds."),
     "tasks/": ("lorasc_ds.cascade", "lorasc_ds.algorithm", "lorasc_ds.adapters", "lorasc_ds.sharding", "torch"),
+    "encoding.py": ("lorasc_ds.cascade", "lorasc_ds.algorithm", "lorasc_ds.adapters", "lorasc_ds.sharding", "torch"),
     "data.py": ("lorasc_ds.cascade", "lorasc_ds.algorithm", "lorasc_ds.adapters", "lorasc_ds.sharding"),
     "tracking.py": ("lorasc_ds.cascade", "lorasc_ds.adapters", "lorasc_ds.sharding"),
     "adapters.py": ("lorasc_ds.cascade", "lorasc_ds.algorithm", "lorasc_ds.sharding"),

@@ -26,7 +26,7 @@ from lorasc_ds.errors import DivergedError
 from lorasc_ds.evaluation import evaluation_mode
 from lorasc_ds.models import QUICKSTART_BASE
 from lorasc_ds.preparation import prepare
-from lorasc_ds.train import Trainer
+from lorasc_ds.trainer import Trainer
 
 Start = Callable[..., Run]
 CASCADE = {"cascade.noise_intensity": 1.0, "training.learning_rate": 1e-2}
@@ -123,7 +123,7 @@ def test_every_boundary_agrees_with_the_arithmetic_and_with_dense_float64(run: S
             magnitude[name] = magnitude[name] + np.abs(noise) + np.abs(change)
             # Three roundings to float32 at each boundary, and one to the storage dtype at the end.
             bound = 3 * record["index"] * 2**-24 * magnitude[name]
-            bound = bound + (2**-9 if dtype == "bfloat16" else 0) * (np.abs(dense[name]) + bound)
+            bound = bound + (2**-8 if dtype == "bfloat16" else 0) * (np.abs(dense[name]) + bound)
             assert np.all(np.abs(live[name].double().numpy() - dense[name]) <= bound), name
 
 
@@ -203,7 +203,7 @@ def make_trainer(tmp_path: Path, **overrides: Any) -> Trainer:
 
 def steps(trainer: Trainer, first: int, last: int) -> None:
     for step in range(first, last):
-        trainer.training_step(step, trainer.preparation.data.step(step), 1e-2)
+        trainer.training_step(step, 1e-2)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -284,11 +284,11 @@ def test_a_virtual_close_ships_what_a_close_would_and_is_undone(tmp_path: Path, 
     steps(trainer, 0, 2)
     trainable = [p.detach().clone() for p in trainer.model.parameters()]
     with trainer.cascade.as_if_closed():
-        virtual = cascade_module.weights_sha256(trainer.weights, trainer.backend)
+        virtual = trainer.weights_sha256()
         logits = trainer.cascade.probe()
     assert all(torch.equal(p, old) for p, old in zip(trainer.model.parameters(), trainable, strict=True))
     trainer.cascade.close_expert(plan[0])
-    assert cascade_module.weights_sha256(trainer.weights, trainer.backend) == virtual
+    assert trainer.weights_sha256() == virtual
     assert torch.equal(trainer.cascade.probe(), logits)
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from lorasc_ds.config import DigitsConfig, TextConfig
-from lorasc_ds.tasks.base import Example, Task
+from lorasc_ds.tasks.base import Example, Scores, Task
 from lorasc_ds.tasks.digits import digits
 from lorasc_ds.tasks.text import text
 
-__all__ = ["Example", "Task", "load_task"]
+__all__ = ["Example", "Scores", "Task", "load_task"]
 
 
 def load_task(config: DigitsConfig | TextConfig, seed: int) -> Task:

@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+Scores = dict[str, dict[str, float]]  # split -> metric -> value
+
 
 @dataclass(frozen=True, slots=True)
 class Example:

@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 from conftest import RECIPE, ROOT
+from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
 from lorasc_ds.cli import fields_of, json_schema, make_parser, parse_command_line, to_yaml
@@ -214,6 +215,21 @@ def test_a_text_run_from_a_jsonl_to_a_lower_perplexity(
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     before, after = summary["eval_before"]["dev"]["perplexity"], summary["eval"]["dev"]["perplexity"]
     assert after < 0.9 * before
+    saved, base = (load_file(f / "model.safetensors") for f in (tmp_path / "out" / "model", shared_data / "models" / "stories260K"))
+    assert saved.keys() == base.keys()  # its embeddings are tied
+    changed = {name for name in saved if not torch.equal(saved[name], base[name])}
+    assert changed == {name for name in saved if "q_proj" in name or "v_proj" in name}
+
+
+def test_bad_data_is_one_line_and_code_2(shared_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n{"text": oops}\n')
+    code, error = outcome(
+        capsys, f"--output_dir={tmp_path / 'out'}", "--task.name=text", f"--task.train_file={tmp_path / 'a.jsonl'}",
+        f"--model.name_or_path={shared_data / 'models' / 'stories260K'}",
+    )  # fmt: skip
+    assert code == 2
+    assert error == f"error: {tmp_path / 'a.jsonl'}:2: not JSON (Expecting value at column 10); mend the row"
+    assert not (tmp_path / "out").exists()
 
 
 def test_dry_run_prints_the_plan_and_loads_no_weights(
@@ -228,7 +244,7 @@ def test_dry_run_prints_the_plan_and_loads_no_weights(
     ]
     assert main(arguments, RECIPE) == 0
     printed = capsys.readouterr().out
-    assert "steps     500 = 20 epochs x 25; 20 experts of about 25 steps" in printed
+    assert "steps     1000 = 40 epochs x 25; 40 experts of about 25 steps" in printed
     assert "batch     4 = 4 micro x 1 process x 1 accumulation" in printed
     assert "    1  steps 1 to 25" in printed
     assert printed.count("[[") == 4  # the legend and three examples

@@ -116,7 +116,8 @@ class Tracker:
             return
         self.writer.add_text("config", f"```yaml\n{text}\n```")
         plain = {key: v if isinstance(v, bool | int | float) else str(v) for key, v in settings.items()}
-        for summary in hparams(plain, {f"eval/{self.task}/dev/loss": 0.0}):
+        metrics = {f"eval/{self.task}/dev/{metric}": 0.0 for metric in (self.headline, "loss")}
+        for summary in hparams(plain, metrics):
             self.writer.file_writer.add_summary(summary)  # type: ignore[union-attr]
 
     def trained(self, learning_rate: float, step: StepReport) -> None:

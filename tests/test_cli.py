@@ -215,7 +215,9 @@ def test_a_text_run_from_a_jsonl_to_a_lower_perplexity(
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     before, after = summary["eval_before"]["dev"]["perplexity"], summary["eval"]["dev"]["perplexity"]
     assert after < 0.9 * before
-    saved, base = (load_file(f / "model.safetensors") for f in (tmp_path / "out" / "model", shared_data / "models" / "stories260K"))
+    saved, base = (
+        load_file(f / "model.safetensors") for f in (tmp_path / "out" / "model", shared_data / "models" / "stories260K")
+    )
     assert saved.keys() == base.keys()  # its embeddings are tied
     changed = {name for name in saved if not torch.equal(saved[name], base[name])}
     assert changed == {name for name in saved if "q_proj" in name or "v_proj" in name}

@@ -56,7 +56,10 @@ def test_what_the_memory_plan_counts_exactly() -> None:
     assert plan["float32 accumulators"] == 4 * 8 * 64 * 64
     assert memory_plan(prepared("--model.dtype=bfloat16", "--cascade.accumulator=host"))["float32 accumulators"] == 0
     assert memory_plan(prepared())["float32 accumulators"] == 0
-    assert memory_plan(prepared("--cascade.strategy=lora"))["copy during an evaluation inside an expert"] == 4 * 8 * 64 * 64
+    assert (
+        memory_plan(prepared("--cascade.strategy=lora"))["copy during an evaluation inside an expert"]
+        == 4 * 8 * 64 * 64
+    )
 
 
 def test_the_preview_marks_what_is_scored() -> None:

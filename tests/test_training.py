@@ -29,7 +29,7 @@ from lorasc_ds.preparation import prepare
 from lorasc_ds.trainer import Trainer
 
 Start = Callable[..., Run]
-CASCADE = {"cascade.noise_intensity": 1.0, "training.learning_rate": 1e-2}
+CASCADE = {"cascade.slow_retention": 0.6, "cascade.noise_intensity": 1.0, "training.learning_rate": 1e-2}
 
 
 def base_weights(folder: Path, names: list[str], dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:

@@ -21,14 +21,17 @@ from lorasc_ds.errors import ConfigError
 
 
 class RecipeLoader(yaml.SafeLoader):
-    """YAML as people read it: `1e-4` is a number, `no` and `on` are words."""
+    """YAML as people read it: `1e-4` is a number; `no`, `010` and `2026-01-01` are words."""
 
 
 RecipeLoader.yaml_implicit_resolvers = {
-    letter: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":bool", ":float"))]
+    letter: [
+        (tag, pattern) for tag, pattern in resolvers if not tag.endswith((":bool", ":int", ":float", ":timestamp"))
+    ]
     for letter, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 RecipeLoader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(true|false)$"), list("tf"))
+RecipeLoader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?(0|[1-9][0-9]*)$"), list("-+0123456789"))
 RecipeLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"^[-+]?([0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))([eE][-+]?[0-9]+)?$|^[-+]?\.(inf|nan)$"),
@@ -66,8 +69,8 @@ def load_yaml(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
 
     try:
         content = {} if root is None else value_of(root, "")
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--config {path}: {' '.join(str(error).split())}") from error
+    except (yaml.YAMLError, ValueError, AttributeError, RecursionError) as error:
+        raise ConfigError(f"--config {path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"--config {path} holds a {type(content).__name__}; sections like `model:` are needed")
     return content, places
@@ -108,7 +111,7 @@ def parse_override(text: str, fields: list[FieldInfo]) -> Any:
         return text.split(",")
     try:
         return yaml.load(text, RecipeLoader)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, AttributeError):
         return text
 
 

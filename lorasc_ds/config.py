@@ -153,7 +153,7 @@ class TrainingConfig(Section):
         ge=1,
         description="Examples per forward pass; null: the whole batch. Less memory, the same result.",
     )
-    eval_batch_size: int = Field(default=64, ge=1, description="Sequences per forward pass of an evaluation.")
+    eval_batch_size: int = Field(default=16, ge=1, description="Sequences per forward pass of an evaluation.")
     learning_rate: float = Field(default=1e-4, gt=0, description="Peak learning rate of AdamW.")
     weight_decay: float = Field(default=0.0, ge=0, description="AdamW's decoupled weight decay.")
     max_grad_norm: float | None = Field(

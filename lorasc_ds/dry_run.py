@@ -32,7 +32,9 @@ def memory_plan(preparation: Preparation) -> dict[str, int]:
         "pairs, gradients, moments, slow pairs": (4 + 4 + 8 + 4) * trained,
         "float32 accumulators": accumulated,
         "copy during an evaluation inside an expert": kept,
-        "activations of a micro batch (estimate)": activation_bytes(preparation),
+        "a micro batch's activations, or an evaluation's logits (estimate)": max(
+            activation_bytes(preparation), evaluation_bytes(preparation)
+        ),
     }
 
 
@@ -48,9 +50,22 @@ def activation_bytes(preparation: Preparation) -> int:
     h = shape.hidden_size
     f = getattr(shape, "intermediate_size", None) or 4 * h
     copies = 0 if size == 4 else sum(4 * one.A.shape[1] for one in preparation.weights)
-    longest = max(len(c.ids) for e in preparation.splits["train"] for c in e.candidates) - 1
+    train = preparation.splits["train"]
+    longest = max(len(candidate.ids) for example in train for candidate in example.candidates) - 1
+    inputs = 1 if preparation.task.loss == "lm" else max(example.inputs for example in train)
     per_token = shape.num_hidden_layers * (size * (7 * h + 2 * f) + 8 * h) + copies + 12 * shape.vocab_size
-    return preparation.data.micro_batch_size * longest * per_token
+    return preparation.data.micro_batch_size * inputs * longest * per_token
+
+
+def evaluation_bytes(preparation: Preparation) -> int:
+    """Logits of the longest evaluation batch in the compute dtype; the scored ones again, and twice in float32."""
+    size = 4 if preparation.config.model.dtype == "float32" else 2
+    rows = [c for split in preparation.task.evaluation_splits for e in preparation.splits[split] for c in e.candidates]
+    longest, scored = max(len(row.ids) for row in rows) - 1, max(row.scored for row in rows)
+    per_input = size * longest + (size + 8) * scored
+    return (
+        preparation.config.training.eval_batch_size * per_input * preparation.shape.config.get_text_config().vocab_size
+    )
 
 
 def readable(count: int) -> str:
@@ -61,7 +76,7 @@ def memory_lines(preparation: Preparation) -> Iterator[str]:
     plan = memory_plan(preparation)
     yield "memory"
     for what, count in {**plan, "sum": sum(plan.values())}.items():
-        yield f"  {what:<44} {readable(count):>12}"
+        yield f"  {what:<65} {readable(count):>12}"
 
 
 def step_lines(preparation: Preparation) -> Iterator[str]:

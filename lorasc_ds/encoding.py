@@ -32,6 +32,11 @@ class EncodedExample:
     gold: tuple[int, ...]
 
     @property
+    def inputs(self) -> int:
+        """Forward passes that score all candidates: those that differ in their last token alone share one."""
+        return len({candidate.ids[:-1] for candidate in self.candidates})
+
+    @property
     def target(self) -> ScoredTokens:
         """The right answer, which language modelling trains on."""
         return self.candidates[self.gold[0]]
@@ -63,17 +68,29 @@ class Encoder:
         for key, length in (("training.max_length", max_length), ("task.block_size", block_size)):
             if length is not None and model_limit is not None and length > model_limit:
                 raise ConfigError(f"{key} is {length}, but the model has {model_limit} positions: lower it")
+        if block_size is not None and max_length is not None:
+            raise ConfigError(
+                f"training.max_length is {max_length}, but documents are packed into blocks of task.block_size"
+                f" {block_size}: leave max_length out"
+            )
         self.tokenizer = tokenizer
+        self.end = [] if tokenizer.eos_token_id is None else [single_id(tokenizer.eos_token_id)]
         self.max_length = max_length
         self.limit = max_length or model_limit
         self.vocabulary_size = vocabulary_size
         self.block_size = block_size
         self.truncated = 0
+        # Some tokenizers close every text by themselves; whether a text ends is said here alone.
+        self.closes_texts = bool(self.end) and self.encode_texts([""])[0][-1:] == self.end
 
     @property
     def pad_id(self) -> int:
-        """Fills a batch up. Which token it is does not matter: padding is masked by length."""
-        return 0 if self.tokenizer.pad_token_id is None else single_id(self.tokenizer.pad_token_id)
+        """Fills a batch up. Which token it is does not matter, padding is masked by length, if the model has it."""
+        own = 0 if self.tokenizer.pad_token_id is None else single_id(self.tokenizer.pad_token_id)
+        return own if own < self.vocabulary_size else 0
+
+    def encode_texts(self, texts: list[str]) -> list[list[int]]:
+        return self.tokenizer(texts, verbose=False)["input_ids"]  # type: ignore[return-value]
 
     def encode(self, task: Task) -> dict[str, list[EncodedExample]]:
         """Every split of the task.
@@ -85,15 +102,17 @@ class Encoder:
         encode_split = self.pack if task.kind == "documents" else self.encode_each
         encoded = {}
         for split, examples in task.splits.items():
-            if not examples:
+            encoded[split] = encode_split(examples) if examples else []
+            if not encoded[split]:
                 raise DataError(f"the split {split} of task {task.name} is empty: more data is needed")
-            encoded[split] = encode_split(examples)
         return encoded
 
     def tokens(self, texts: Iterable[tuple[str, str]]) -> dict[str, list[int]]:
         """Token ids by text; `texts` yields (text, id of the example it is from) and may repeat itself."""
         origins = dict(texts)
-        ids: list[list[int]] = self.tokenizer(list(origins), verbose=False)["input_ids"]  # type: ignore[assignment]
+        ids = self.encode_texts(list(origins))
+        if self.closes_texts:
+            ids = [of_text[:-1] for of_text in ids]
         for where, of_text in zip(origins.values(), ids, strict=True):
             if of_text and max(of_text) >= self.vocabulary_size:
                 raise DataError(
@@ -120,6 +139,8 @@ class Encoder:
         """Keep the first special token and the end, so that the answer stays."""
         if scored < 1:
             raise DataError(f"{where}: the answer adds no token to the prompt; give it some text of its own")
+        if scored >= len(ids):
+            raise DataError(f"{where}: nothing stands before the answer; give the row a prompt")
         if self.limit is None or len(ids) <= self.limit:
             return ScoredTokens(tuple(ids), scored)
         if self.max_length is None:
@@ -139,9 +160,13 @@ class Encoder:
     def pack(self, documents: Sequence[Example]) -> list[EncodedExample]:
         """Documents end to end, each closed by the end-of-text token, cut into blocks."""
         assert self.block_size is not None
-        end = [] if self.tokenizer.eos_token_id is None else [single_id(self.tokenizer.eos_token_id)]
+        if self.end and self.end[0] >= self.vocabulary_size:
+            raise DataError(
+                f"the tokenizer's end-of-text token {self.end[0]} is outside the model's vocabulary of"
+                f" {self.vocabulary_size}: the tokenizer belongs to another model"
+            )
         tokens = self.tokens((document.texts[0], document.id) for document in documents)
-        stream = [id for document in documents for id in (*tokens[document.texts[0]], *end)]
+        stream = [id for document in documents for id in (*tokens[document.texts[0]], *self.end)]
         blocks = [stream[at : at + self.block_size] for at in range(0, len(stream), self.block_size)]
         return [
             EncodedExample(f"block {number}", (ScoredTokens(tuple(block), len(block) - 1),), (0,))

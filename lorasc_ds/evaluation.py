@@ -37,7 +37,7 @@ def evaluate(
 ) -> Scores:
     """Loss on every split, and accuracy (`candidates`) or perplexity (`documents`).
 
-    The loss is the one that is trained on. `batch_size` counts examples.
+    The loss is the one that is trained on. `batch_size` counts the model's inputs, not examples.
     """
     score = perplexity if task.kind == "documents" else accuracy
     with evaluation_mode(model):
@@ -45,9 +45,16 @@ def evaluate(
 
 
 def batches(examples: Sequence[EncodedExample], size: int) -> Iterator[Sequence[EncodedExample]]:
-    """Examples of like length together, so that little is padded."""
-    ordered = sorted(examples, key=lambda example: len(example.target.ids))
-    return (ordered[at : at + size] for at in range(0, len(ordered), size))
+    """Examples of like length together, so that little is padded; at most `size` inputs, or one example."""
+    chosen: list[EncodedExample] = []
+    inputs = 0
+    for example in sorted(examples, key=lambda example: len(example.target.ids)):
+        if chosen and inputs + example.inputs > size:
+            yield chosen
+            chosen, inputs = [], 0
+        chosen.append(example)
+        inputs += example.inputs
+    yield chosen
 
 
 def device_of(model: nn.Module) -> torch.device:

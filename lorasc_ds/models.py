@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,41 +38,76 @@ def source_of(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def unusable(config: ModelConfig, what: str, error: Exception) -> ConfigError:
-    reason = " ".join(str(error).split())
-    return ConfigError(
-        f"model.name_or_path {config.name_or_path}: {what} cannot be loaded: {reason}; give a hub id that can be"
-        " reached, or a local folder with config.json, model.safetensors and a tokenizer"
-    )
+@contextmanager
+def loading(what: str, config: ModelConfig) -> Iterator[None]:
+    """Turns whatever a library raises over a folder or a hub id into one line."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except Exception as error:  # a damaged file may raise anything
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ConfigError(
+            f"model.name_or_path {config.name_or_path}: {what} cannot be loaded: {reason}; give a hub id that can be"
+            " reached, or a local folder with config.json, model.safetensors and a tokenizer"
+        ) from error
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
-    try:
+    with loading("the tokenizer", config):
         return AutoTokenizer.from_pretrained(**source_of(config))
-    except (OSError, ValueError) as error:
-        raise unusable(config, "the tokenizer", error) from error
 
 
 def load_shape(config: ModelConfig) -> PreTrainedModel:
-    """The model on the meta device: all names and shapes, no weights read."""
-    try:
+    """The model on the meta device: all names and shapes, no weights read.
+
+    Raises:
+        ConfigError: there is none, or its weights are quantised.
+    """
+    with loading("the model", config):
         architecture = AutoConfig.from_pretrained(**source_of(config))
+        if getattr(architecture, "quantization_config", None) is not None:
+            raise ConfigError(
+                f"model.name_or_path {config.name_or_path} has quantised weights, which cannot be merged into:"
+                " take the float32 or bfloat16 model"
+            )
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(
                 architecture, dtype=DTYPES[config.dtype], trust_remote_code=config.trust_remote_code
             )
-    except (OSError, ValueError) as error:
-        raise unusable(config, "the model", error) from error
 
 
 def load_model(config: ModelConfig) -> PreTrainedModel:
-    """The pretrained causal language model in `model.dtype`, from safetensors only."""
-    try:
-        return AutoModelForCausalLM.from_pretrained(
-            **source_of(config), dtype=DTYPES[config.dtype], use_safetensors=True
+    """The pretrained causal language model in `model.dtype`, from safetensors only.
+
+    Raises:
+        ConfigError: it cannot be loaded, lacks weights, or lets a token see those after it.
+    """
+    with loading("the model", config):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            **source_of(config), dtype=DTYPES[config.dtype], use_safetensors=True, output_loading_info=True
         )
-    except (OSError, ValueError) as error:
-        raise unusable(config, "the model", error) from error
+        model, report = loaded
+        absent = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
+        if absent:
+            raise ConfigError(
+                f"model.name_or_path {config.name_or_path}: {len(absent)} weights of {type(model).__name__} are not in"
+                f" its files ({', '.join(absent[:3])}): they would be random; give a complete checkpoint"
+            )
+        if sees_the_future(model):
+            raise ConfigError(
+                f"model.name_or_path {config.name_or_path}: {type(model).__name__} lets a token see the tokens after"
+                " it, so the loss would be that of a copy; give a causal language model"
+            )
+    return model
+
+
+def sees_the_future(model: PreTrainedModel) -> bool:
+    """Whether another last token changes the logits before it."""
+    ids = torch.tensor([[1, 2, 3, 4], [1, 2, 3, 5]], device=model.device) % vocabulary_size(model)
+    with torch.no_grad():
+        one, other = model.eval()(input_ids=ids, use_cache=False).logits[:, :-1].float()
+    return bool((one - other).abs().max() > 1e-3 * one.std())
 
 
 def longest_sequence(model: PreTrainedModel) -> int | None:
@@ -83,12 +120,22 @@ def vocabulary_size(model: PreTrainedModel) -> int:
     return model.get_input_embeddings().weight.shape[0]  # type: ignore[return-value]
 
 
-def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
-    """Write the backbone as a plain Hugging Face model; `directory` appears whole or not at all."""
+def save_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    directory: Path,
+    check: Callable[[Path], None],
+) -> None:
+    """Write the backbone as a plain Hugging Face model; `directory` appears whole and checked, or not at all.
+
+    Args:
+        check: raises if the files of the folder it is given are not right.
+    """
     temporary = directory.with_name(f".tmp-{directory.name}")
     shutil.rmtree(temporary, ignore_errors=True)
     model.save_pretrained(temporary, state_dict=backbone_state(model))
     tokenizer.save_pretrained(temporary)
+    check(temporary)
     umask = os.umask(0)
     os.umask(umask)
     for file in temporary.iterdir():

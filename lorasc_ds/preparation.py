@@ -26,6 +26,7 @@ class Preparation:
         splits: the task's examples as tokens.
         slow_retention, noise_intensity: α and λ as the strategy uses them, 0 where it does not.
         evaluation_steps: after how many optimizer steps every split is scored.
+        selection_steps: of them, the ends of epochs, which `training.select` chooses from: the same for every strategy.
     """
 
     config: Config
@@ -39,6 +40,7 @@ class Preparation:
     slow_retention: float
     noise_intensity: float
     evaluation_steps: frozenset[int]
+    selection_steps: frozenset[int]
     truncated: int
 
     def learning_rate(self, expert: Expert, step: int) -> float:
@@ -108,12 +110,11 @@ def make_plan(config: Config, steps_per_epoch: int) -> Plan:
     return Plan(steps, experts)
 
 
-def evaluation_steps(config: Config, plan: Plan, steps_per_epoch: int) -> frozenset[int]:
+def evaluation_steps(config: Config, plan: Plan, epoch_ends: frozenset[int]) -> frozenset[int]:
     if config.training.evaluate == "end":
         return frozenset([plan.steps])
-    epochs = {*range(steps_per_epoch, plan.steps, steps_per_epoch), plan.steps}
-    few_experts = plan.experts <= math.ceil(config.training.epochs)
-    return frozenset(epochs | ({expert.stop for expert in plan} if few_experts else set()))
+    few_experts = plan.experts <= len(epoch_ends)
+    return epoch_ends | ({expert.stop for expert in plan} if few_experts else set())
 
 
 def prepare(config: Config) -> Preparation:
@@ -145,6 +146,7 @@ def prepare(config: Config) -> Preparation:
     )
     plan = make_plan(config, data.steps_per_epoch)
     strategy = STRATEGIES[config.cascade.strategy]
+    epoch_ends = frozenset([*range(data.steps_per_epoch, plan.steps, data.steps_per_epoch), plan.steps])
     return Preparation(
         config=config,
         tokenizer=tokenizer,
@@ -156,7 +158,8 @@ def prepare(config: Config) -> Preparation:
         plan=plan,
         slow_retention=config.cascade.slow_retention if strategy.averages else 0.0,
         noise_intensity=config.cascade.noise_intensity if strategy.noises else 0.0,
-        evaluation_steps=evaluation_steps(config, plan, data.steps_per_epoch),
+        evaluation_steps=evaluation_steps(config, plan, epoch_ends),
+        selection_steps=epoch_ends,
         truncated=encoder.truncated,
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -44,6 +45,9 @@ def finished_summary(directory: Path, config: Config, resume: str) -> dict[str, 
     except OSError as error:
         raise ConfigError(f"--output_dir {directory}: {error.strerror}; {remedy}") from error
     if not present:
+        parent = next(path for path in (directory, *directory.absolute().parents) if path.exists())
+        if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+            raise ConfigError(f"--output_dir {directory}: {parent} cannot be written; choose another --output_dir")
         return None
     if resume == "never":
         raise ConfigError(f"--output_dir {directory} is not empty and --resume is never: {remedy}")
@@ -66,22 +70,23 @@ def finished_summary(directory: Path, config: Config, resume: str) -> dict[str, 
             f"--output_dir {directory} holds an unfinished run (state {state}), and this version keeps no checkpoints"
             f" to continue from: {remedy}"
         )
-    return json.loads((directory / "summary.json").read_text())
+    try:
+        return json.loads((directory / "summary.json").read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"--output_dir {directory} holds a finished run without a readable summary.json: {remedy}"
+        ) from error
 
 
 def git_commit() -> str | None:
     """Commit of the checkout this package runs from, with `-dirty` after changes; None outside of one."""
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
-        result = subprocess.run(
-            [*git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-    except FileNotFoundError:
+        subprocess.run([*git, "ls-files", "--error-unmatch", Path(__file__).name], capture_output=True, check=True)
+        describe = [*git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        return subprocess.run(describe, capture_output=True, text=True, check=True).stdout.strip()
+    except (FileNotFoundError, subprocess.CalledProcessError):
         return None
-    return result.stdout.strip() or None
 
 
 def begin(directory: Path, config: Config) -> None:
@@ -113,6 +118,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     write_atomically(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
 
 
-def write_status(directory: Path, state: State, step: int, expert: int, message: str) -> None:
-    """`status.json`, which a script reads instead of the exit code that a launcher may change."""
-    write_json(directory / "status.json", {"state": state, "step": step, "expert": expert, "message": message})
+def write_status(directory: Path, state: State, step: int, expert: int, message: str, exit_code: int | None) -> None:
+    """`status.json`, which a script reads instead of the exit code that a launcher may change; null while it runs."""
+    status = {"state": state, "step": step, "expert": expert, "message": message, "exit_code": exit_code}
+    write_json(directory / "status.json", status)

@@ -16,6 +16,7 @@ from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
 from lorasc_ds import run_directory
+from lorasc_ds.errors import RunError
 from lorasc_ds.tasks import Scores
 
 PLAIN_LINE_SECONDS = 30.0  # between two lines of the loss where there is no terminal
@@ -81,7 +82,8 @@ class Tracker:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if error is not None:
-            self.status("failed", " ".join(f"{type(error).__name__}: {error}".split()))
+            code = error.exit_code if isinstance(error, RunError) else 1
+            self.status("failed", " ".join(f"{type(error).__name__}: {error}".split()), code)
         self.bar.close()
         self.metrics.close()
         if self.writer is not None:
@@ -91,8 +93,8 @@ class Tracker:
     def epoch(self) -> float:
         return self.step / self.steps_per_epoch
 
-    def status(self, state: run_directory.State, message: str) -> None:
-        run_directory.write_status(self.directory, state, self.step, self.expert, message)
+    def status(self, state: run_directory.State, message: str, exit_code: int | None = None) -> None:
+        run_directory.write_status(self.directory, state, self.step, self.expert, message, exit_code)
 
     def say(self, line: str) -> None:
         """A line on stdout, above the progress bar where there is one."""
@@ -160,6 +162,7 @@ class Tracker:
     def boundary(self, event: str, values: dict[str, Any]) -> None:
         """Records a boundary; a mapping of values by weight becomes its mean and a histogram."""
         self.record(event, values)
+        self.status("running", "training")
         for key, value in values.items():
             tag = f"lorasc/{event}/{key}"
             if isinstance(value, dict):
@@ -188,7 +191,6 @@ class Tracker:
             for split, of_split in scores.items()
         )
         self.say(" | ".join((f"{when:<15}", *cells, f"{scores['dev']['loss']:8.3f}")))
-        self.status("running", "training")
 
     def timing(self) -> dict[str, Any]:
         """Seconds of all steps, seconds of each boundary, and tokens per second of steps."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shlex
 import sys
 import traceback
 from collections.abc import Sequence
@@ -10,10 +12,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
+from transformers import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
-from lorasc_ds import run_directory
+from lorasc_ds import models, run_directory
 from lorasc_ds.cli import Invocation, parse_command_line, to_yaml
 from lorasc_ds.config import Config
 from lorasc_ds.dry_run import report
@@ -25,9 +29,11 @@ from lorasc_ds.tracking import Tracker, results_table
 from lorasc_ds.trainer import Trainer, peak_memory
 
 
-def train(preparation: Preparation, accelerator: Accelerator, directory: Path, tracker: Tracker) -> dict[str, Any]:
+def train(
+    preparation: Preparation, model: PreTrainedModel, accelerator: Accelerator, directory: Path, tracker: Tracker
+) -> dict[str, Any]:
     """Run the cascade, write the model, and return the summary."""
-    trainer = Trainer(preparation, accelerator, directory)
+    trainer = Trainer(preparation, model, accelerator, directory)
     cascade, selection = trainer.cascade, trainer.selection
 
     def score(when: str) -> Scores:
@@ -43,11 +49,13 @@ def train(preparation: Preparation, accelerator: Accelerator, directory: Path, t
             tracker.trained(learning_rate, trainer.training_step(step, learning_rate))
             if step + 1 in preparation.evaluation_steps and step + 1 < expert.stop:
                 with cascade.as_if_closed():
-                    selection.consider(step + 1, score(f"epoch {tracker.epoch:g}"))
+                    scores = score(f"epoch {tracker.epoch:g}")
+                    selection.consider(step + 1, scores)
         tracker.closed(asdict(cascade.close_expert(expert)))
         if expert.stop in preparation.evaluation_steps:
             after = score(f"expert {expert.index}/{preparation.plan.experts}")
-            selection.consider(expert.stop, after)
+            if expert.stop in preparation.selection_steps:
+                selection.consider(expert.stop, after)
 
     last_sha256 = trainer.weights_sha256()
     selection.restore()
@@ -82,14 +90,23 @@ def train(preparation: Preparation, accelerator: Accelerator, directory: Path, t
 
 def next_commands(directory: Path, config: Config) -> str:
     other = "lora" if config.cascade.strategy != "lora" else "lorasc"
+    experts = " --cascade.experts null" if config.cascade.experts is not None else ""
+    recipe, output_dir = shlex.quote(str(directory / "config.yaml")), shlex.quote(f"{directory}-{other}")
     return "\n".join(
         (
             f"the merged model is in {directory / 'model'}, the record in {directory}; next:",
-            f"  tensorboard --logdir {directory / 'tensorboard'}",
-            f"  accelerate launch launch/train.py --config {directory / 'config.yaml'}"
-            f" --cascade.strategy {other} --output_dir {directory}-{other}",
+            f"  tensorboard --logdir {shlex.quote(str(directory / 'tensorboard'))}",
+            f"  accelerate launch launch/train.py --config {recipe} --cascade.strategy {other}{experts}"
+            f" --output_dir {output_dir}",
         )
     )
+
+
+def deterministic() -> None:
+    """The same bits at every run, on an accelerator too; an operation that cannot is named in a warning."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # noqa: B010 (torch declares no such name)
 
 
 def run(invocation: Invocation) -> None:
@@ -99,11 +116,11 @@ def run(invocation: Invocation) -> None:
         RunError: with the exit code of DESIGN's contract.
     """
     config, directory = invocation.config, invocation.output_dir
-    if not invocation.dry_run:
-        summary = run_directory.finished_summary(directory, config, invocation.resume)
-        if summary is not None:
-            print(f"{directory} is finished; its summary:\n{json.dumps(summary, indent=2)}")
-            return
+    summary = run_directory.finished_summary(directory, config, invocation.resume)
+    if summary is not None:
+        print(f"{directory} is finished; its summary:\n{json.dumps(summary, indent=2)}")
+        return
+    deterministic()
     if not sys.stderr.isatty():
         disable_progress_bar()
     accelerator = Accelerator(mixed_precision="no")  # model.dtype owns the precision, whatever the launcher's default
@@ -113,6 +130,7 @@ def run(invocation: Invocation) -> None:
     if invocation.dry_run:
         print(report(preparation))
         return
+    model = models.load_model(config.model)
     run_directory.begin(directory, config)
     with Tracker(
         directory,
@@ -125,9 +143,9 @@ def run(invocation: Invocation) -> None:
         tensorboard=config.tracking.tensorboard,
     ) as tracker:
         tracker.configuration(to_yaml(config), run_directory.flatten(config.model_dump(mode="json")))
-        summary = train(preparation, accelerator, directory, tracker)
+        summary = train(preparation, model, accelerator, directory, tracker)
         run_directory.write_json(directory / "summary.json", summary)
-        tracker.status("done", "finished")
+        tracker.status("done", "finished", exit_code=0)
     print(results_table(summary["eval_before"], summary["eval"]))
     print(next_commands(directory, config))
 

@@ -61,11 +61,12 @@ class Selection:
 class Trainer:
     """The live parts of a run and the verbs of the loop."""
 
-    def __init__(self, preparation: Preparation, accelerator: Accelerator, directory: Path) -> None:
+    def __init__(
+        self, preparation: Preparation, model: PreTrainedModel, accelerator: Accelerator, directory: Path
+    ) -> None:
         self.preparation = preparation
         self.accelerator = accelerator
         config = preparation.config
-        model = models.load_model(config.model)
         self.weights = attach_adapters(config, model)
         optimizer = torch.optim.AdamW(
             pair_parameters(self.weights), lr=config.training.learning_rate, weight_decay=config.training.weight_decay
@@ -79,13 +80,29 @@ class Trainer:
         self.cascade = Cascade(
             self.weights,
             self.backend,
-            new_ledger(preparation, self.weights, self.base_sha256, directory / "ledger"),
+            self.new_ledger(getattr(model.config, "_commit_hash", None), directory / "ledger"),
             slow_retention=preparation.slow_retention,
             noise_intensity=preparation.noise_intensity,
             probe=self.probe(),
             accumulator=config.cascade.accumulator,
             max_boundary_drift=config.cascade.max_boundary_drift,
         )
+
+    def new_ledger(self, commit: str | None, directory: Path) -> Ledger:
+        """An empty ledger on disk; `commit` is the hub's, where the model came from there."""
+        preparation, config = self.preparation, self.preparation.config
+        ledger = Ledger(
+            directory=directory,
+            strategy=config.cascade.strategy,
+            base=Base(config.model.name_or_path, commit or config.model.revision, config.model.dtype, self.base_sha256),
+            adapter=Adapter(config.adapter.method, config.adapter.rank, self.weights[0].scaling),
+            seed=config.training.seed,
+            slow_retention=preparation.slow_retention,
+            noise_intensity=preparation.noise_intensity,
+            weights=tuple(one.name for one in self.weights),
+        )
+        ledger.save()
+        return ledger
 
     def probe(self) -> Callable[[], Tensor]:
         """Logits of a few training examples in evaluation mode, float32, at most `PROBE_TOKENS` of them."""
@@ -148,27 +165,14 @@ class Trainer:
             note = "training.save_model was false: the ledger and the base model give these weights.\n"
             (directory / "NOT_SAVED.txt").write_text(note)
             return
-        models.save_model(self.model, self.preparation.tokenizer, directory)
         names = [one.name for one in self.weights]
-        found = models.read_weights(directory, names)
-        if digest(found[name] for name in names) != sha256:
-            raise RuntimeError(f"{directory} holds other weights than the live model")
 
+        def check(folder: Path) -> None:
+            found = models.read_weights(folder, names)
+            if digest(found[name] for name in names) != sha256:
+                raise RuntimeError(f"{folder} holds other weights than the live model")
 
-def new_ledger(preparation: Preparation, weights: Sequence[AdaptedWeight], base_sha256: str, directory: Path) -> Ledger:
-    config = preparation.config
-    ledger = Ledger(
-        directory=directory,
-        strategy=config.cascade.strategy,
-        base=Base(config.model.name_or_path, config.model.revision, config.model.dtype, base_sha256),
-        adapter=Adapter(config.adapter.method, config.adapter.rank, weights[0].scaling),
-        seed=config.training.seed,
-        slow_retention=preparation.slow_retention,
-        noise_intensity=preparation.noise_intensity,
-        weights=tuple(one.name for one in weights),
-    )
-    ledger.save()
-    return ledger
+        models.save_model(self.model, self.preparation.tokenizer, directory, check)
 
 
 def peak_memory(device: torch.device) -> int:

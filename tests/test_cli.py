@@ -5,19 +5,19 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from conftest import RECIPE, ROOT
-from safetensors.torch import load_file
-from transformers import LlamaForCausalLM
+from safetensors.torch import load_file, save_file
+from transformers import BertConfig, BertLMHeadModel, LlamaForCausalLM
 
 from lorasc_ds.cli import fields_of, json_schema, make_parser, parse_command_line, to_yaml
 from lorasc_ds.config import Config
-from lorasc_ds.errors import ConfigError
-from lorasc_ds.train import main
+from lorasc_ds.train import main, next_commands
 
 
 def config_of(recipe: str, *arguments: str, folder: Path) -> Config:
@@ -86,6 +86,10 @@ BAD = {
     "no mapping": ("- 1", [], r"holds a list"),
     "no YAML": ("a: [", [], r"is not YAML"),
     "a tag": ("a: !!python/object/apply:os.system [true]", [], r"could not determine a constructor"),
+    "an old octal": ("training: {seed: 010}", [], r"training\.seed is '010' .*valid integer"),
+    "a date": ("training: {epochs: 2001-99-99}", [], r"training\.epochs is '2001-99-99'"),
+    "a bad tag": ("training: {epochs: !!int abc}", [], r"is not YAML"),
+    "a loop": ("training: &x {epochs: *x}", [], r"is not YAML"),
     "deepspeed": ("", ["--deepspeed=zero3.json"], r"--deepspeed zero3\.json: this version trains on one process"),
 }  # fmt: skip
 
@@ -125,6 +129,46 @@ def test_a_model_that_cannot_be_loaded(tmp_path: Path, capsys: pytest.CaptureFix
     assert error.startswith("error: model.name_or_path some/model: the tokenizer cannot be loaded")
 
 
+@pytest.mark.parametrize("damage", ["truncated", "no weights of a layer", "tokenizer", "config"])
+def test_a_damaged_model_is_one_line_and_leaves_no_directory(
+    damage: str, tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = tiny_folder / "model.safetensors"
+    match damage:
+        case "truncated":
+            weights.write_bytes(weights.read_bytes()[:-100])
+        case "no weights of a layer":
+            save_file({k: v for k, v in load_file(weights).items() if "layers.1" not in k}, weights, {"format": "pt"})
+        case "tokenizer":
+            (tiny_folder / "tokenizer.json").write_text("{}")
+        case "config":
+            config = json.loads((tiny_folder / "config.json").read_text())
+            (tiny_folder / "config.json").write_text(json.dumps(config | {"num_attention_heads": 0}))
+    code, error = outcome(capsys, f"--output_dir={tmp_path / 'out'}", f"--model.name_or_path={tiny_folder}")
+    assert code == 2
+    assert len(error.splitlines()) == 1
+    assert error.startswith(f"error: model.name_or_path {tiny_folder}: ")
+    assert not (tmp_path / "out").exists()
+
+
+def test_quantised_and_bidirectional_models_are_refused(
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = json.loads((tiny_folder / "config.json").read_text())
+    quantised = config | {"quantization_config": {"quant_method": "gptq", "bits": 4}}
+    (tiny_folder / "config.json").write_text(json.dumps(quantised))
+    where = (f"--output_dir={tmp_path / 'out'}", f"--model.name_or_path={tiny_folder}")
+    code, error = outcome(capsys, *where)
+    assert code == 2
+    assert "has quantised weights" in error
+    bert = BertConfig(vocab_size=40, hidden_size=24, num_hidden_layers=1, num_attention_heads=4, intermediate_size=32)
+    bert.initializer_range = 0.2
+    BertLMHeadModel(bert).save_pretrained(tiny_folder)
+    code, error = outcome(capsys, *where, "--adapter.target_modules=query,value")
+    assert code == 2
+    assert "BertLMHeadModel lets a token see the tokens after it" in error
+
+
 def test_pickled_weights_are_refused(tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tiny_folder / "model.safetensors").rename(tiny_folder / "pytorch_model.bin")
     code, error = outcome(capsys, f"--output_dir={tmp_path / 'out'}", f"--model.name_or_path={tiny_folder}")
@@ -137,6 +181,7 @@ def test_a_directory_with_something_else(tmp_path: Path, capsys: pytest.CaptureF
     code, error = outcome(capsys, f"--output_dir={tmp_path}")
     assert code == 2
     assert "holds something that is no run (thesis.tex): choose another --output_dir" in error
+    assert outcome(capsys, f"--output_dir={tmp_path}", "--dry_run")[0] == 2
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
     (tmp_path / "file").touch()
     assert outcome(capsys, f"--output_dir={tmp_path / 'file'}")[0] == 2
@@ -177,6 +222,8 @@ def test_a_finished_run_prints_its_summary_and_another_configuration_is_refused(
     assert code == 2
     assert "holds a run of another configuration (cascade.strategy lorasc -> lora)" in error
     assert outcome(capsys, directory, "--resume=never")[0] == 2
+    (tmp_path / "out" / "summary.json").unlink()
+    assert "without a readable summary.json" in outcome(capsys, directory)[1]
     status = tmp_path / "out" / "status.json"
     status.write_text(status.read_text().replace("done", "running"))
     code, error = outcome(capsys, directory)
@@ -193,7 +240,7 @@ def test_divergence_is_code_3_and_keeps_the_last_good_state(
     assert code == 3
     assert error.startswith("error: step 1: the loss is nan")
     status = json.loads((tmp_path / "out" / "status.json").read_text())
-    assert status["state"] == "failed"
+    assert (status["state"], status["exit_code"]) == ("failed", 3)
     assert (status["step"], status["expert"]) == (0, 1)
     assert json.loads((tmp_path / "out" / "ledger" / "ledger.json").read_text())["experts"] == []
     assert not (tmp_path / "out" / "model").exists()
@@ -293,5 +340,18 @@ def test_more_processes_than_this_version_can_use_are_refused(
     code, error = outcome(capsys, f"--output_dir={tmp_path / 'out'}")
     assert code == 2
     assert "the launcher started 2 processes" in error
-    with pytest.raises(ConfigError):
-        parse_command_line(["--config", "/none.yaml"], RECIPE)
+    monkeypatch.delitem(os.environ, "WORLD_SIZE")
+    monkeypatch.setitem(os.environ, "ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "8")
+    code, error = outcome(capsys, f"--output_dir={tmp_path / 'out'}")
+    assert code == 2
+    assert "the launcher sets --gradient_accumulation_steps 8" in error
+
+
+def test_the_next_command_is_one_that_works() -> None:
+    config = Config.model_validate({"cascade": {"experts": 3}, "task": {"name": "digits"}})
+    printed = next_commands(Path("my runs/one"), config)
+    command = shlex.split(printed.splitlines()[-1])
+    assert command[:3] == ["accelerate", "launch", "launch/train.py"]
+    assert command[command.index("--config") + 1] == "my runs/one/config.yaml"
+    assert command[command.index("--output_dir") + 1] == "my runs/one-lora"
+    assert command[command.index("--cascade.experts") + 1] == "null"

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from lorasc_ds.data import TrainingData, collate
@@ -83,10 +85,51 @@ def test_a_token_outside_the_vocabulary_is_an_error(digits_tokenizer: PreTrained
         encoder(digits_tokenizer, vocabulary_size=16).encode_each([question("c =", ("1",))])
 
 
-def test_an_empty_split_is_an_error(digits_tokenizer: PreTrainedTokenizerBase) -> None:
-    task = Task("made", "documents", "lm", {"train": [Example("x", "", ("a b c",))], "dev": []})
+@pytest.mark.parametrize("dev", [[], [Example("y", "", ("",))]], ids=["no document", "no block of two tokens"])
+def test_an_empty_split_is_an_error(digits_tokenizer: PreTrainedTokenizerBase, dev: list[Example]) -> None:
+    task = Task("made", "documents", "lm", {"train": [Example("x", "", ("a b c",))], "dev": dev})
+    made = encoder(digits_tokenizer, block_size=4, vocabulary_size=40)
+    made.end = []
     with pytest.raises(DataError, match="the split dev of task made is empty"):
-        encoder(digits_tokenizer, block_size=4, vocabulary_size=40).encode(task)
+        made.encode(task)
+
+
+def test_blocks_have_their_own_length(digits_tokenizer: PreTrainedTokenizerBase) -> None:
+    with pytest.raises(ConfigError, match=r"training\.max_length is 8, but documents are packed into blocks"):
+        encoder(digits_tokenizer, block_size=4, max_length=8)
+
+
+def test_an_answer_needs_something_before_it(digits_tokenizer: PreTrainedTokenizerBase) -> None:
+    with pytest.raises(DataError, match="file:7: nothing stands before the answer"):
+        encoder(digits_tokenizer).truncate([5, 6], 2, "file:7")
+
+
+def test_a_tokenizer_that_closes_every_text_does_not_move_the_answer(digits_tokenizer: PreTrainedTokenizerBase) -> None:
+    closing = copy.deepcopy(digits_tokenizer)
+    closing._tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
+    )
+    assert closing.decode(closing("a b")["input_ids"]) == "<s> a b </s>"
+    (encoded,) = encoder(closing).encode_each([question()])
+    assert [closing.decode(c.ids[-c.scored :]) for c in encoded.candidates] == ["1", "2 3"]
+    (block,) = encoder(closing, block_size=8).pack([Example("x", "", ("a b",)), Example("y", "", ("c",))])
+    assert closing.decode(block.target.ids) == "<s> a b </s> <s> c </s>"
+
+
+@pytest.mark.parametrize("pad", [30, 31])
+def test_a_pad_token_that_the_model_lacks_is_not_used(digits_tokenizer: PreTrainedTokenizerBase, pad: int) -> None:
+    """A tokenizer with an added [PAD] and a model that was not resized for it."""
+    padded = copy.deepcopy(digits_tokenizer)
+    padded.add_special_tokens({"pad_token": "q" if pad == 30 else "[PAD]"})
+    assert padded.pad_token_id == pad
+    assert encoder(padded, vocabulary_size=31).pad_id == (30 if pad == 30 else 0)
+
+
+def test_an_end_of_text_that_the_model_lacks_is_an_error(digits_tokenizer: PreTrainedTokenizerBase) -> None:
+    made = encoder(digits_tokenizer, block_size=4)
+    made.end = [31]
+    with pytest.raises(DataError, match="end-of-text token 31 is outside the model's vocabulary of 31"):
+        made.pack([Example("x", "", ("a b",))])
 
 
 def test_documents_are_packed_with_their_end_as_a_target(digits_tokenizer: PreTrainedTokenizerBase) -> None:

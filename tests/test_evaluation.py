@@ -10,7 +10,7 @@ from transformers import LlamaForCausalLM
 
 from lorasc_ds.data import collate
 from lorasc_ds.encoding import EncodedExample, ScoredTokens
-from lorasc_ds.evaluation import evaluate
+from lorasc_ds.evaluation import batches, evaluate
 from lorasc_ds.objectives import summed_loss
 from lorasc_ds.tasks import Example, Task
 
@@ -59,6 +59,15 @@ def test_candidates_are_ranked_by_mean_log_probability(
     else:
         expected = torch.stack([-m.log_softmax(0)[one.gold[0]] for m, one in zip(means, made, strict=True)]).mean()
     assert scores["loss"] == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_a_batch_holds_as_many_inputs_as_asked() -> None:
+    made = examples("candidates")
+    for size in (1, 3, 5):
+        batched = list(batches(made, size))
+        assert sorted(int(one.id) for batch in batched for one in batch) == list(range(9))
+        rows = [len(collate([one.candidates for one in batch], [0] * len(batch), 3).input_ids) for batch in batched]
+        assert all(count <= size or len(batch) == 1 for count, batch in zip(rows, batched, strict=True))
 
 
 def test_perplexity_is_over_all_scored_tokens(tiny_llama: LlamaForCausalLM) -> None:

@@ -68,7 +68,7 @@ def test_the_run_directory_is_whole(launched: Launched) -> None:
     assert environment["packages"].keys() >= {"torch", "transformers", "peft", "accelerate"}
     assert environment["command"][1:] == [f"--output_dir={directory}", *SMALL]
     assert json.loads((directory / "status.json").read_text()) == {
-        "state": "done", "step": 9, "expert": 3, "message": "finished"
+        "state": "done", "step": 9, "expert": 3, "message": "finished", "exit_code": 0
     }  # fmt: skip
     summary = json.loads((directory / "summary.json").read_text())
     assert summary.keys() >= {
@@ -104,11 +104,12 @@ def test_tensorboard_has_one_run_with_every_curve(launched: Launched) -> None:
     assert hparams == {"_hparams_/experiment", "_hparams_/session_start_info", "_hparams_/session_end_info"}
 
 
-def test_its_code_and_its_one_line_reach_the_user_through_the_launcher(tmp_path: Path) -> None:
-    """accelerate turns every code into 1; the line and plain Python keep it."""
-    command = [sys.executable, "launch/train.py", "--adapter.rank=0"]
-    result = subprocess.run(
-        command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=100, check=False
-    )
-    assert result.returncode == 2
-    assert result.stderr == "error: adapter.rank is 0 (--adapter.rank): needs to be greater than or equal to 1\n"
+def test_an_error_is_one_line_with_its_code_and_reaches_the_user_through_the_launcher(tmp_path: Path) -> None:
+    """accelerate turns every code into 1 and adds its own traceback; plain Python keeps the code and adds nothing."""
+    line = "error: adapter.rank is 0 (--adapter.rank): needs to be greater than or equal to 1\n"
+    plain = [sys.executable, "launch/train.py", "--adapter.rank=0"]
+    result = subprocess.run(plain, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=100, check=False)
+    assert (result.returncode, result.stderr) == (2, line)
+    launched = launch("--adapter.rank=0")
+    assert launched.returncode == 1
+    assert line in launched.stderr.decode()

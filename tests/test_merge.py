@@ -66,6 +66,26 @@ def test_closing_virtual_closing_and_undoing_agree(dtype: torch.dtype) -> None:
     assert squares[1] == pytest.approx(((change - shown) ** 2).sum(), rel=1e-5)
 
 
+def test_one_to_four_threads_give_the_same_bits() -> None:
+    """A weight that is large enough for torch to share its rounding and sums among threads."""
+    pair = random_pair(2048, 512, 4)
+    before = torch.get_num_threads()
+    merged = []
+    try:
+        for threads in (1, 2, 3, 4):
+            torch.set_num_threads(threads)
+            storage = weight(2048, 512).bfloat16()
+            accumulator = storage.float()
+            merge.merge_(storage, accumulator, pair, 0.01)
+            merge.round_into_(storage, accumulator)
+            merged.append((storage, accumulator))
+    finally:
+        torch.set_num_threads(before)
+    for storage, accumulator in merged[1:]:
+        assert torch.equal(storage, merged[0][0])
+        assert torch.equal(accumulator, merged[0][1])
+
+
 def test_ten_small_experts_survive_bfloat16() -> None:
     """delta/W of 0.3 %: the error against the exact sum is that of one rounding; bf16 `+=` loses much more."""
     out, in_ = 256, 192

@@ -74,6 +74,14 @@ def test_rows_of_a_jsonl_are_documents(tmp_path: Path) -> None:
     assert [example.id for example in task.splits["dev"]] == [f"{file}:19", f"{file}:20"]
 
 
+def test_a_row_ends_at_a_newline_and_nowhere_else(tmp_path: Path) -> None:
+    """U+2028 and U+0085 stand inside valid rows; str.splitlines would cut there."""
+    (tmp_path / "a.jsonl").write_text("".join(f'{{"text": "{i}\u2028and\u0085more"}}\n' for i in range(3)))
+    task = load_task(TextConfig(name="text", train_file=str(tmp_path / "a.jsonl")), seed=0)
+    assert task.splits["dev"][0].texts == ("2\u2028and\u0085more",)
+    assert task.splits["dev"][0].id.endswith(":3")
+
+
 def test_a_txt_is_one_document_and_its_end_is_held_out(tmp_path: Path) -> None:
     file = tmp_path / "a.txt"
     file.write_text("".join(f"line {i}\n" for i in range(100)))
@@ -97,10 +105,12 @@ def test_an_eval_file_leaves_the_training_file_whole(tmp_path: Path) -> None:
         ([{"text": "a"}, {"txt": "b"}], r"a\.jsonl:2: task\.text_field 'text' needs to be a text .* got None"),
         ([{"text": "a"}, {"text": 3}], r"a\.jsonl:2: .* got 3"),
         ([{"text": "a"}, ["b"]], r"a\.jsonl:2: .* got None"),
+        (['{"text": "\\ud800"}'], r"a\.jsonl:1: .*without lone surrogates"),
+        (["1" * 5000], r"a\.jsonl:1: not JSON"),
         ([""], r"task\.train_file .*a\.jsonl is empty"),
         ([{"text": "a"}], r"a\.jsonl:1 is too short to hold a part out: give task\.eval_file"),
     ],
-    ids=["not JSON", "no field", "no text", "no object", "empty", "too short"],
+    ids=["not JSON", "no field", "no text", "no object", "surrogate", "long number", "empty", "too short"],
 )
 def test_bad_rows_are_named(tmp_path: Path, rows: list[object], message: str) -> None:
     file = write_rows(tmp_path / "a.jsonl", rows)
@@ -109,8 +119,10 @@ def test_bad_rows_are_named(tmp_path: Path, rows: list[object], message: str) ->
 
 
 def test_missing_and_undecodable_files_are_named(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"task\.train_file .*none\.txt: No such file"):
+    with pytest.raises(DataError, match=r"task\.train_file .*none\.txt': No such file"):
         load_task(TextConfig(name="text", train_file=str(tmp_path / "none.txt")), seed=0)
+    with pytest.raises(DataError, match=r"task\.train_file 'a\\x00b\.txt': embedded null"):
+        load_task(TextConfig(name="text", train_file="a\0b.txt"), seed=0)
     (tmp_path / "latin.txt").write_bytes("é".encode("latin-1"))
     with pytest.raises(DataError, match=r"task\.train_file .*latin\.txt: byte 0 is not UTF-8"):
         load_task(TextConfig(name="text", train_file=str(tmp_path / "latin.txt")), seed=0)

@@ -29,8 +29,9 @@ def delta_chunks(pair: Pair, scaling: float, start: int, stop: int) -> Iterator[
     """
     A, B = pair.A.detach().double(), pair.B.detach().double()
     rank, in_features = A.shape
-    # On a CPU the float64 chunk (256 KiB) stays in a core's cache; an accelerator wants few launches.
-    rows = max(1, (1 << (15 if A.device.type == "cpu" else 24)) // in_features)
+    # On a CPU the float64 chunk (256 KiB) stays in a core's cache; an accelerator wants few
+    # launches, but no temporaries as large as the weight.
+    rows = max(1, (1 << (15 if A.device.type == "cpu" else 21)) // in_features)
     for row in range(start // in_features, -(-stop // in_features), rows):
         sums = torch.zeros(min(rows, B.shape[0] - row), in_features, dtype=torch.float64, device=A.device)
         for k in range(rank):

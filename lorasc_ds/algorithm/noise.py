@@ -93,7 +93,7 @@ def uniform_chunks(
     """
     # 16k elements keep the dozen int64 temporaries in a core's cache: 5 times faster than whole rows. An
     # accelerator wants few launches instead.
-    size = 1 << (14 if torch.device(device).type == "cpu" else 22)
+    size = 1 << (14 if torch.device(device).type == "cpu" else 21)
     for chunk_start in range(start, stop, size):
         chunk_stop = min(chunk_start + size, stop)
         drawn = words(stream, chunk_start, chunk_stop, device)

@@ -19,10 +19,11 @@ def read_text(path: Path, key: str) -> str:
     """
     try:
         text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise DataError(f"{key} {path}: {error.strerror}; give the path of a .txt or .jsonl file") from error
     except UnicodeDecodeError as error:
         raise DataError(f"{key} {path}: byte {error.start} is not UTF-8; convert the file to UTF-8") from error
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise DataError(f"{key} {str(path)!r}: {reason}; give the path of a .txt or .jsonl file") from error
     if not text.strip():
         raise DataError(f"{key} {path} is empty; text is needed")
     return text
@@ -38,17 +39,19 @@ def read_documents(path: Path, key: str, text_field: str) -> list[Example]:
     if path.suffix == ".txt":
         return [document(f"{path}", text)]
     documents = []
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{path}:{number}: not JSON ({error.msg} at column {error.colno}); mend the row") from error
+        except (ValueError, RecursionError) as error:
+            where = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
+            raise DataError(f"{path}:{number}: not JSON ({where}); mend the row") from error
         value = row.get(text_field) if isinstance(row, dict) else None
-        if not isinstance(value, str) or not value.strip():
+        if not isinstance(value, str) or not value.strip() or any("\ud800" <= c <= "\udfff" for c in value):
             raise DataError(
-                f"{path}:{number}: task.text_field {text_field!r} needs to be a text that is not empty, got {value!r}"
+                f"{path}:{number}: task.text_field {text_field!r} needs to be a text that is not empty, without lone"
+                f" surrogates, got {value!r}"
             )
         documents.append(document(f"{path}:{number}", value))
     return documents

@@ -134,10 +134,14 @@ class TrainingData:
         self.seed = seed
         self.pad_id = pad_id
         self.steps_per_epoch = math.ceil(len(examples) / batch_size)
+        self.orders: dict[int, list[int]] = {}
 
     def order(self, epoch: int) -> list[int]:
-        generator = torch.Generator().manual_seed(derived_seed(self.seed, epoch))
-        return torch.randperm(len(self.examples), generator=generator).tolist()
+        """The examples of an epoch in its own order; that of the epoch under way is kept, not drawn at every step."""
+        if epoch not in self.orders:
+            generator = torch.Generator().manual_seed(derived_seed(self.seed, epoch))
+            self.orders = {epoch: torch.randperm(len(self.examples), generator=generator).tolist()}
+        return self.orders[epoch]
 
     def collate(self, examples: Sequence[EncodedExample]) -> Batch:
         if self.loss == "lm":

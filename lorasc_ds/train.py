@@ -49,8 +49,7 @@ def train(
             tracker.trained(learning_rate, trainer.training_step(step, learning_rate))
             if step + 1 in preparation.evaluation_steps and step + 1 < expert.stop:
                 with cascade.as_if_closed():
-                    scores = score(f"epoch {tracker.epoch:g}")
-                    selection.consider(step + 1, scores)
+                    selection.consider(step + 1, score(f"epoch {tracker.epoch:g}"))
         tracker.closed(asdict(cascade.close_expert(expert)))
         if expert.stop in preparation.evaluation_steps:
             after = score(f"expert {expert.index}/{preparation.plan.experts}")

@@ -118,7 +118,11 @@ class Cascade:
         return self.accumulators.get(one.name, part.flat)
 
     def open_expert(self, expert: Expert) -> Opening:
-        """W <- W + N (eqs. 7, 8), a fresh pair, an empty optimizer. The first expert meets no noise."""
+        """W <- W + N (eqs. 7, 8), a fresh pair, an empty optimizer. The first expert meets no noise.
+
+        Raises:
+            DivergedError: the noise is so large that the model computes nothing finite.
+        """
         began = time.perf_counter()
         noisy = expert.index > 1 and self.noise_intensity > 0
         before = self.probe() if noisy else None
@@ -139,6 +143,11 @@ class Cascade:
                 self.slow[one.name] = fresh.to(one.A.device)
         self.backend.empty_optimizer([parameter for one in self.weights for parameter in (one.A, one.B)])
         noise_change = 0.0 if before is None else relative_change(before, self.probe())
+        if not math.isfinite(noise_change):
+            raise DivergedError(
+                f"expert {expert.index}: after the noise the probe's logits are not finite; lower"
+                f" cascade.noise_intensity ({self.noise_intensity:g}) or training.learning_rate"
+            )
         return Opening(dict(self.noise_scale), noise_change, time.perf_counter() - began)
 
     def close_expert(self, expert: Expert) -> Closing:
@@ -165,7 +174,12 @@ class Cascade:
                 squares += merge.merge_(part.flat, accumulator, pair, one.scaling, part.start).cpu()
             self.backend.write(one.B, torch.zeros_like(one.B))
         drift = relative_change(before, self.probe())
-        if not drift <= self.max_boundary_drift:
+        if not math.isfinite(drift):
+            raise DivergedError(
+                f"expert {expert.index}: merged, the probe's logits are not finite; lower training.learning_rate"
+                f" or cascade.noise_intensity ({self.noise_intensity:g})"
+            )
+        if drift > self.max_boundary_drift:
             raise DivergedError(
                 f"expert {expert.index}: merging it changed the probe's logits by {drift:.3g} of their standard"
                 f" deviation, more than cascade.max_boundary_drift {self.max_boundary_drift:g}: the numbers have"

@@ -39,6 +39,13 @@ RecipeLoader.add_implicit_resolver(
 )
 
 
+class RecipeDumper(yaml.SafeDumper):
+    """Quotes what `RecipeLoader` would read as something else than text."""
+
+
+RecipeDumper.yaml_implicit_resolvers = RecipeLoader.yaml_implicit_resolvers
+
+
 def load_yaml(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     """A recipe, and for every dotted key the place `file:line` where it stands.
 
@@ -108,16 +115,30 @@ def parse_override(text: str, fields: list[FieldInfo]) -> Any:
     if any(kind is str or get_origin(kind) is Literal for kind in kinds):
         return text
     if any(get_origin(kind) is tuple for kind in kinds) and not text.startswith("["):
-        return text.split(",")
+        return [part.strip() for part in text.split(",")]
     try:
         return yaml.load(text, RecipeLoader)
     except (yaml.YAMLError, ValueError, AttributeError):
         return text
 
 
+def meaning(fields: list[FieldInfo]) -> str:
+    """What a key means, the values it takes where they are few, and its default."""
+    texts = " / ".join(dict.fromkeys(field.description or "" for field in fields))
+    kinds = [kind for field in fields for kind in members(field.annotation)]
+    values = [value for kind in kinds if get_origin(kind) is Literal for value in get_args(kind)]
+    choices = f" One of: {', '.join(values)}." if values else ""
+    default = "" if fields[0].is_required() else f" Default: {json.dumps(fields[0].default)}."
+    return f"{texts}{choices}{default}"
+
+
 def did_you_mean(key: str, known: Sequence[str]) -> str:
     close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     return f"; did you mean {close[0]}?" if close else ""
+
+
+def location_of_task(detail: Any) -> str:
+    return f"task {detail['loc'][1]}"
 
 
 def explain(error: ValidationError, places: dict[str, str]) -> ConfigError:
@@ -133,7 +154,11 @@ def explain(error: ValidationError, places: dict[str, str]) -> ConfigError:
         context = detail.get("ctx", {})
         place = f" ({places[key]})" if key in places else ""
         if detail["type"] == "extra_forbidden":
-            lines.append(f"unknown key {key}{place}{did_you_mean(key, list(fields_of()))}")
+            known = [*Config.model_fields, *fields_of()]
+            elsewhere = (
+                f"; another task has it, not {location_of_task(detail)}" if key in known else did_you_mean(key, known)
+            )
+            lines.append(f"unknown key {key}{place}{elsewhere}")
         elif detail["type"] == "missing":
             lines.append(f"{key} is needed: set it in the recipe or with --{key}")
         elif detail["type"] == "value_error":
@@ -158,6 +183,10 @@ def build_config(content: dict[str, Any], places: dict[str, str], overrides: dic
     known = fields_of()
     sections = {name: {} if section is None else section for name, section in ({"task": None} | content).items()}
     for name, section in sections.items():
+        if name not in Config.model_fields:
+            raise ConfigError(
+                f"unknown key {name} ({places[name]}){did_you_mean(name, [*Config.model_fields, *known])}"
+            )
         if not isinstance(section, dict):
             raise ConfigError(f"{name} is {section!r} ({places[name]}): a section with keys of its own is needed")
     sections["task"] = {"name": "digits"} | sections["task"]
@@ -178,6 +207,7 @@ class Invocation:
     """What the command line asks for."""
 
     config: Config
+    recipe: Path
     output_dir: Path
     resume: Literal["auto", "never"]
     dry_run: bool
@@ -208,8 +238,7 @@ def make_parser(default_recipe: Path) -> argparse.ArgumentParser:
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     group = parser.add_argument_group("overrides of the recipe")
     for key, fields in fields_of().items():
-        description = fields[0].description or ""
-        group.add_argument(f"--{key}", metavar="VALUE", help=description.replace("%", "%%"))
+        group.add_argument(f"--{key}", metavar="VALUE", help=meaning(fields).replace("%", "%%"))
     return parser
 
 
@@ -236,23 +265,23 @@ def parse_command_line(arguments: Sequence[str], default_recipe: Path) -> Invoca
     if options.print_config:
         return describe(config)
     output_dir = options.output_dir or Path("runs") / f"{options.config.stem}-{config.cascade.strategy}"
-    return Invocation(config, output_dir, options.resume, options.dry_run)
+    return Invocation(config, options.config, output_dir, options.resume, options.dry_run)
 
 
 def to_yaml(config: Config) -> str:
     """The resolved configuration; `--config` reads it back."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return yaml.dump(config.model_dump(mode="json"), Dumper=RecipeDumper, sort_keys=False, allow_unicode=True)
 
 
 def describe(config: Config) -> str:
     """The resolved configuration as YAML with every field's meaning above it."""
-    lines = []
+    lines, known = [], fields_of()
     for section_name in Config.model_fields:
         section = getattr(config, section_name)
         lines.append(f"{section_name}:")
-        for name, field in type(section).model_fields.items():
+        for name in type(section).model_fields:
             value = json.dumps(section.model_dump(mode="json")[name])
-            lines += [f"  # {field.description}", f"  {name}: {value}"]
+            lines += [f"  # {meaning(known[f'{section_name}.{name}'])}", f"  {name}: {value}"]
     return "\n".join(lines)
 
 

@@ -138,7 +138,7 @@ class TextConfig(Section):
     @model_validator(mode="after")
     def known_suffixes(self) -> TextConfig:
         for key, value in (("train_file", self.train_file), ("eval_file", self.eval_file)):
-            if value is not None and PurePath(value).suffix not in (".txt", ".jsonl"):
+            if value is not None and PurePath(value).suffix.lower() not in (".txt", ".jsonl"):
                 raise ValueError(f"task.{key} is {value!r}: a name that ends in .txt or .jsonl is needed")
         return self
 
@@ -151,10 +151,11 @@ class TrainingConfig(Section):
     micro_batch_size: int | None = Field(
         default=None,
         ge=1,
-        description="Examples per forward pass; null: the whole batch. Less memory, the same result.",
+        description="Examples per forward pass; null: the whole batch. Less memory; the same result up to rounding,"
+        " except for dropout's masks.",
     )
     eval_batch_size: int = Field(default=16, ge=1, description="Sequences per forward pass of an evaluation.")
-    learning_rate: float = Field(default=1e-4, gt=0, description="Peak learning rate of AdamW.")
+    learning_rate: float = Field(default=1e-4, gt=0, le=100, description="Peak learning rate of AdamW.")
     weight_decay: float = Field(default=0.0, ge=0, description="AdamW's decoupled weight decay.")
     max_grad_norm: float | None = Field(
         default=1.0, gt=0, description="Gradients are clipped to this norm; null: not clipped."

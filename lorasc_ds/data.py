@@ -49,6 +49,16 @@ class Batch:
         """Tokens the model reads, padding not counted."""
         return self.input_ids.numel() if self.attention_mask is None else int(self.attention_mask.sum())
 
+    def last_scored(self, count: int) -> Batch:
+        """The same inputs, of which only the last `count` scored tokens are scored."""
+        return replace(
+            self,
+            token_input=self.token_input[-count:],
+            token_position=self.token_position[-count:],
+            token_target=self.token_target[-count:],
+            token_sequence=self.token_sequence[-count:],
+        )
+
     def to(self, device: torch.device) -> Batch:
         return replace(
             self,

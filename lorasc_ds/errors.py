@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+
 
 class RunError(Exception):
     """Ends the run with `exit_code` and one line on stderr, without a traceback."""
@@ -19,6 +21,14 @@ class DataError(RunError):
     """A data file, or a row of it, cannot be used."""
 
     exit_code = 2
+
+
+class StoppedError(RunError):
+    """A signal asked the run to end; the code is the shell's, 128 and the signal's number."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(signum).name}; what the ledger holds is whole, the run is not")
+        self.exit_code = 128 + signum
 
 
 class DivergedError(RunError):

@@ -107,6 +107,11 @@ def make_plan(config: Config, steps_per_epoch: int) -> Plan:
             f"cascade.experts is {experts}, but {config.training.epochs:g} epochs of {steps_per_epoch} steps are only"
             f" {steps} optimizer steps: an expert needs at least one; lower experts or raise training.epochs"
         )
+    if config.training.warmup_steps >= steps:
+        raise ConfigError(
+            f"training.warmup_steps is {config.training.warmup_steps}, but the run has only {steps} optimizer steps:"
+            " lower it, or raise training.epochs"
+        )
     return Plan(steps, experts)
 
 
@@ -136,6 +141,11 @@ def prepare(config: Config) -> Preparation:
     weights = attach_adapters(config, shape)
     splits = encoder.encode(task)
     training = config.training
+    if training.batch_size > len(splits["train"]):
+        raise ConfigError(
+            f"training.batch_size is {training.batch_size}, but there are only {len(splits['train'])} training"
+            " examples: lower it"
+        )
     data = TrainingData(
         splits["train"],
         loss=task.loss,

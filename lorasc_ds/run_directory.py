@@ -14,7 +14,7 @@ from typing import Any, Literal
 import yaml
 
 from lorasc_ds.algorithm.files import write_atomically
-from lorasc_ds.cli import to_yaml
+from lorasc_ds.cli import RecipeLoader, to_yaml
 from lorasc_ds.config import Config
 from lorasc_ds.errors import ConfigError
 
@@ -52,7 +52,7 @@ def finished_summary(directory: Path, config: Config, resume: str) -> dict[str, 
     if resume == "never":
         raise ConfigError(f"--output_dir {directory} is not empty and --resume is never: {remedy}")
     try:
-        before = yaml.safe_load((directory / "config.yaml").read_text())
+        before = yaml.load((directory / "config.yaml").read_text(), RecipeLoader)
         state = json.loads((directory / "status.json").read_text())["state"]
         old = flatten(before)
     except (OSError, yaml.YAMLError, ValueError, KeyError, TypeError, AttributeError):

@@ -41,7 +41,7 @@ class Tracker:
         steps: optimizer steps of the run.
         steps_per_epoch: of them, those of one pass over the training examples.
         experts: experts of the run.
-        log_steps: steps between two records of the loss; the records hold means over them.
+        log_steps: steps between two records of the loss.
         tensorboard: whether to write `tensorboard/`.
     """
 
@@ -69,6 +69,7 @@ class Tracker:
         self.step = 0
         self.expert = 0
         self.window: list[StepReport] = []
+        self.learning_rate = 0.0
         self.seconds, self.tokens = 0.0, 0
         self.boundary_seconds: list[float] = []
         self.last_line = time.monotonic()
@@ -123,18 +124,24 @@ class Tracker:
             self.writer.file_writer.add_summary(summary)  # type: ignore[union-attr]
 
     def trained(self, learning_rate: float, step: StepReport) -> None:
-        """One optimizer step has been taken; recorded every `log_steps` as means."""
+        """An optimizer step was taken. `log_steps` of them make a record, and so does what an expert leaves over."""
         self.step += 1
         self.seconds += step.seconds
         self.tokens += step.tokens
         self.window.append(step)
+        self.learning_rate = learning_rate
         self.bar.update()
-        if self.step % self.log_steps and self.step != self.bar.total:
-            return
+        if self.step % self.log_steps == 0:
+            self.record_window()
+
+    def record_window(self) -> None:
+        """The steps since the last record: means, and the learning rate of the last of them."""
         window, self.window = self.window, []
+        if not window:
+            return
         values = {
             "loss": sum(one.loss for one in window) / len(window),
-            "lr": learning_rate,
+            "lr": self.learning_rate,
             "grad_norm": sum(one.grad_norm for one in window) / len(window),
             "tokens_per_second": sum(one.tokens for one in window) / sum(one.seconds for one in window),
         }
@@ -156,6 +163,7 @@ class Tracker:
 
     def closed(self, values: dict[str, Any]) -> None:
         """The expert has been merged."""
+        self.record_window()
         self.boundary_seconds[-1] += values["seconds"]
         self.boundary("close", values)
 

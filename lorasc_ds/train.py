@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import signal
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -21,7 +24,7 @@ from lorasc_ds import models, run_directory
 from lorasc_ds.cli import Invocation, parse_command_line, to_yaml
 from lorasc_ds.config import Config
 from lorasc_ds.dry_run import report
-from lorasc_ds.errors import RunError
+from lorasc_ds.errors import RunError, StoppedError
 from lorasc_ds.preparation import Preparation, prepare
 from lorasc_ds.sharding import refuse_unsupported
 from lorasc_ds.tasks import Scores
@@ -91,14 +94,15 @@ def next_commands(directory: Path, config: Config) -> str:
     other = "lora" if config.cascade.strategy != "lora" else "lorasc"
     experts = " --cascade.experts null" if config.cascade.experts is not None else ""
     recipe, output_dir = shlex.quote(str(directory / "config.yaml")), shlex.quote(f"{directory}-{other}")
-    return "\n".join(
-        (
-            f"the merged model is in {directory / 'model'}, the record in {directory}; next:",
-            f"  tensorboard --logdir {shlex.quote(str(directory / 'tensorboard'))}",
-            f"  accelerate launch launch/train.py --config {recipe} --cascade.strategy {other}{experts}"
-            f" --output_dir {output_dir}",
-        )
+    model = f"the merged model is in {directory / 'model'}, " if config.training.save_model else ""
+    lines = [f"{model}the record in {directory}; next:"]
+    if config.tracking.tensorboard:
+        lines.append(f"  tensorboard --logdir {shlex.quote(str(directory / 'tensorboard'))}")
+    lines.append(
+        f"  accelerate launch launch/train.py --config {recipe} --cascade.strategy {other}{experts}"
+        f" --output_dir {output_dir}"
     )
+    return "\n".join(lines)
 
 
 def deterministic() -> None:
@@ -118,14 +122,15 @@ def run(invocation: Invocation) -> None:
     summary = run_directory.finished_summary(directory, config, invocation.resume)
     if summary is not None:
         print(f"{directory} is finished; its summary:\n{json.dumps(summary, indent=2)}")
-        return
+        if not invocation.dry_run:
+            return
     deterministic()
     if not sys.stderr.isatty():
         disable_progress_bar()
     accelerator = Accelerator(mixed_precision="no")  # model.dtype owns the precision, whatever the launcher's default
     refuse_unsupported(accelerator)
     preparation = prepare(config)
-    print("\n".join(preparation.derived_numbers()), flush=True)
+    print("\n".join((f"recipe    {invocation.recipe}", *preparation.derived_numbers())), flush=True)
     if invocation.dry_run:
         print(report(preparation))
         return
@@ -149,14 +154,30 @@ def run(invocation: Invocation) -> None:
     print(next_commands(directory, config))
 
 
+@contextmanager
+def stopping_at_signals() -> Iterator[None]:
+    """Inside, Ctrl-C and SIGTERM end the run in order, with `status.json` saying so."""
+
+    def stop(signum: int, frame: FrameType | None) -> None:
+        raise StoppedError(signum)
+
+    before = {signum: signal.signal(signum, stop) for signum in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
 def main(arguments: Sequence[str], default_recipe: Path) -> int:
-    """The command line: 0 done, 2 configuration or data, 3 diverged, 1 a bug (with its traceback)."""
+    """The command line. Returns 0 done, 2 configuration or data, 3 diverged, 130 or 143 a signal, 1 a bug."""
     try:
         invocation = parse_command_line(arguments, default_recipe)
         if isinstance(invocation, str):
             print(invocation)
         else:
-            run(invocation)
+            with stopping_at_signals():
+                run(invocation)
     except RunError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

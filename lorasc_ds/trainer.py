@@ -107,11 +107,11 @@ class Trainer:
     def probe(self) -> Callable[[], Tensor]:
         """Logits of a few training examples in evaluation mode, float32, at most `PROBE_TOKENS` of them."""
         data = self.preparation.data
-        batch = data.collate(data.examples[:PROBE_EXAMPLES]).to(self.accelerator.device)
+        batch = data.collate(data.examples[:PROBE_EXAMPLES]).last_scored(PROBE_TOKENS).to(self.accelerator.device)
 
         def logits() -> Tensor:
             with evaluation_mode(self.model):
-                return scored_logits(self.model, batch)[-PROBE_TOKENS:]
+                return scored_logits(self.model, batch)
 
         return logits
 

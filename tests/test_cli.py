@@ -31,7 +31,7 @@ def config_of(recipe: str, *arguments: str, folder: Path) -> Config:
 def test_overrides_win_over_the_recipe_and_the_recipe_over_defaults(tmp_path: Path) -> None:
     config = config_of(
         "training:\n  learning_rate: 1e-4\n  epochs: 2\n", "--training.learning_rate", "3e-4", "--model.dtype=bfloat16",
-        "--adapter.target_modules=k_proj,o_proj", "--training.max_grad_norm=null", folder=tmp_path,
+        "--adapter.target_modules=k_proj, o_proj", "--training.max_grad_norm=null", folder=tmp_path,
     )  # fmt: skip
     assert config.training.learning_rate == 3e-4
     assert config.training.epochs == 2.0
@@ -55,13 +55,19 @@ def test_another_task_replaces_the_recipe_s(tmp_path: Path) -> None:
 
 
 def test_the_resolved_configuration_reads_back(tmp_path: Path) -> None:
-    config = config_of("adapter: {target_modules: [q_proj]}\n", "--cascade.experts=3", folder=tmp_path)
+    """Texts that look like numbers or truth values included."""
+    overrides = ("--cascade.experts=3", "--model.revision=12e4567", "--model.name_or_path=true")
+    config = config_of("adapter: {target_modules: [q_proj]}\n", *overrides, folder=tmp_path)
     assert config_of(to_yaml(config), folder=tmp_path) == config
 
 
 BAD = {
     "unknown key": ("training:\n  lerning_rate: 1", [], r"unknown key training\.lerning_rate \(.*yaml:2\); did you mean training\.learning_rate\?"),
     "unknown section": ("trainin: {}", [], r"unknown key trainin .*did you mean training"),
+    "a misspelt section": ("trainig: {epochs: 3}", [], r"unknown key trainig \(.*yaml:1\); did you mean training\?"),
+    "a dotted key in YAML": ("training.epochs: 3", [], r"unknown key training\.epochs \(.*yaml:1\)"),
+    "a key of another task": ("", ["--task.name=text", "--task.train_file=a.txt", "--task.domain=rotated"], r"unknown key task\.domain \(--task\.domain\); another task has it, not task text"),
+    "a rate beyond sense": ("", ["--training.learning_rate=1e38"], r"training\.learning_rate is 1e\+?38 .*less than or equal to 100"),
     "unknown key of a task": ("task: {domian: rotated}", [], r"unknown key task\.domian .*did you mean task\.domain\?"),
     "unknown flag": ("", ["--adapter.rnk=3"], r"unknown argument --adapter\.rnk=3; did you mean --adapter\.rank\?"),
     "duplicate key": ("training:\n  epochs: 1\n  epochs: 2", [], r"yaml:3: training\.epochs stands twice, first at .*yaml:2"),
@@ -121,6 +127,15 @@ def test_more_experts_than_steps(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert code == 2
     assert "cascade.experts is 4, but 1 epochs of 3 steps are only 3 optimizer steps" in error
     assert not (tmp_path / "out").exists()
+
+
+def test_a_batch_or_a_warm_up_beyond_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, error = outcome(capsys, f"--output_dir={tmp_path / 'out'}", "--training.batch_size=13")
+    assert code == 2
+    assert "training.batch_size is 13, but there are only 12 training examples" in error
+    code, error = outcome(capsys, f"--output_dir={tmp_path / 'out'}", "--training.warmup_steps=3")
+    assert code == 2
+    assert "training.warmup_steps is 3, but the run has only 3 optimizer steps" in error
 
 
 def test_a_model_that_cannot_be_loaded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -308,7 +323,17 @@ def test_print_config_shows_every_field_with_its_meaning(capsys: pytest.CaptureF
     config = Config.model_validate({"task": {"name": "digits"}})
     for section in Config.model_fields:
         for name, field in type(getattr(config, section)).model_fields.items():
-            assert f"  # {field.description}\n  {name}: " in printed
+            assert re.search(rf"  # .*{re.escape(field.description or '?')}.*\n  {name}: ", printed)
+    assert "One of: upright, mirrored, rotated, blurred." in printed
+
+
+def test_help_tells_the_values_and_the_defaults(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--help"], RECIPE)
+    assert ended.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert 'One of: linear, cosine, constant. Default: "linear".' in text
+    assert "One of: digits, text." in text
 
 
 def test_every_field_has_a_meaning() -> None:
@@ -355,3 +380,7 @@ def test_the_next_command_is_one_that_works() -> None:
     assert command[command.index("--config") + 1] == "my runs/one/config.yaml"
     assert command[command.index("--output_dir") + 1] == "my runs/one-lora"
     assert command[command.index("--cascade.experts") + 1] == "null"
+    bare = {"training": {"save_model": False}, "tracking": {"tensorboard": False}, "task": {"name": "digits"}}
+    printed = next_commands(Path("one"), Config.model_validate(bare))
+    assert "merged model" not in printed
+    assert "tensorboard --logdir" not in printed

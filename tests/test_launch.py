@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -78,7 +79,7 @@ def test_the_run_directory_is_whole(launched: Launched) -> None:
     assert len(summary["timing"]["boundary_seconds"]) == 3
     assert summary["eval"].keys() == {"dev", "new_domain", "new_domain_blurred", "new_domain_noisy", "old_domain"}
     records = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    assert [r["step"] for r in records if r["event"] == "step"] == [2, 4, 6, 8, 9]
+    assert [r["step"] for r in records if r["event"] == "step"] == [2, 3, 4, 6, 8, 9]
     for record in (r for r in records if r["event"] == "step"):
         assert record.keys() == {"event", "step", "expert", "epoch", "loss", "lr", "grad_norm", "tokens_per_second"}
 
@@ -102,6 +103,25 @@ def test_tensorboard_has_one_run_with_every_curve(launched: Launched) -> None:
     assert [event.step for event in events.Scalars("eval/digits/dev/accuracy")] == [0, 3, 6, 9]
     hparams = {tag for tag in events.summary_metadata if tag.startswith("_hparams_")}
     assert hparams == {"_hparams_/experiment", "_hparams_/session_start_info", "_hparams_/session_end_info"}
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_run_in_order(tmp_path: Path, signum: signal.Signals) -> None:
+    directory = tmp_path / "run"
+    command = [sys.executable, "launch/train.py", f"--output_dir={directory}", *SMALL, "--training.epochs=9999"]
+    with subprocess.Popen(
+        command, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        while not process.stdout.readline().startswith(b"expert 2/"):
+            assert process.poll() is None
+        process.send_signal(signum)
+        errors = process.communicate(timeout=60)[1].decode()
+    assert process.returncode == 128 + signum
+    assert f"error: stopped by {signum.name}" in errors
+    assert "Traceback" not in errors
+    status = json.loads((directory / "status.json").read_text())
+    assert (status["state"], status["exit_code"]) == ("failed", 128 + signum)
 
 
 def test_an_error_is_one_line_with_its_code_and_reaches_the_user_through_the_launcher(tmp_path: Path) -> None:

@@ -92,6 +92,17 @@ def test_replay_agrees_with_plain_loops(tmp_path: Path, dtype: str, experts: int
         assert torch.equal(replayed, torch.from_numpy(expected).to(replayed.dtype))
 
 
+def test_replay_refuses_another_base_and_experts_that_are_not_there(tmp_path: Path) -> None:
+    ledger = write_ledger(tmp_path / "ledger")
+    weights = base_weights()
+    for experts in (-1, 4):
+        with pytest.raises(LedgerError, match=f"holds 3 experts, {experts} were asked for"):
+            list(ledger.replay(weights.__getitem__, experts))
+    weights[NAMES[0]][0, 0] += 1
+    with pytest.raises(LedgerError, match="this ledger was written for"):
+        list(ledger.replay(weights.__getitem__))
+
+
 def test_a_base_with_one_changed_weight_is_refused(tmp_path: Path) -> None:
     ledger = write_ledger(tmp_path / "ledger")
     weights = base_weights()
@@ -100,7 +111,7 @@ def test_a_base_with_one_changed_weight_is_refused(tmp_path: Path) -> None:
         ledger.check_base(weights[name] for name in NAMES)
 
 
-@pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "other bytes"])
 @pytest.mark.parametrize("file", ["expert_0002.safetensors", "ledger.json"])
 def test_a_damaged_file_is_named(tmp_path: Path, damage: str, file: str) -> None:
     write_ledger(tmp_path / "ledger")
@@ -114,6 +125,8 @@ def test_a_damaged_file_is_named(tmp_path: Path, damage: str, file: str) -> None
             path.write_bytes(path.read_bytes()[:-5])
         case "remove":
             path.unlink()
+        case "other bytes":
+            path.write_bytes(b"\xff\xfe")
     with pytest.raises(LedgerError, match=file):
         Ledger.load(tmp_path / "ledger")
 

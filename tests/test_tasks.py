@@ -82,6 +82,15 @@ def test_a_row_ends_at_a_newline_and_nowhere_else(tmp_path: Path) -> None:
     assert task.splits["dev"][0].id.endswith(":3")
 
 
+def test_a_byte_order_mark_and_an_upper_case_suffix_are_no_obstacle(tmp_path: Path) -> None:
+    (tmp_path / "a.JSONL").write_text('{"text": "a"}\n{"text": "b"}\n', encoding="utf-8-sig")
+    task = load_task(TextConfig(name="text", train_file=str(tmp_path / "a.JSONL")), seed=0)
+    assert task.splits["train"][0].texts == ("a",)
+    (tmp_path / "a.TXT").write_text("one two three four five six seven eight nine ten", encoding="utf-8-sig")
+    task = load_task(TextConfig(name="text", train_file=str(tmp_path / "a.TXT")), seed=0)
+    assert task.splits["train"][0].texts[0].startswith("one")
+
+
 def test_a_txt_is_one_document_and_its_end_is_held_out(tmp_path: Path) -> None:
     file = tmp_path / "a.txt"
     file.write_text("".join(f"line {i}\n" for i in range(100)))

@@ -401,6 +401,19 @@ def test_a_number_that_is_not_finite_stops_before_the_update(tmp_path: Path, wha
     assert all(torch.equal(p, old) for p, old in zip(trainer.model.parameters(), before, strict=True))
 
 
+def test_a_record_never_mixes_experts(run: Start) -> None:
+    done = run(**{"cascade.experts": 4, "tracking.log_steps": 2, "training.learning_rate": 1e-2})
+    assert [(r["step"], r["expert"]) for r in done.metrics("step")] == [(2, 1), (4, 2), (6, 3), (8, 4), (9, 4)]
+    each = run(**{"cascade.experts": 4, "tracking.log_steps": 1, "training.learning_rate": 1e-2}).metrics("step")
+    assert done.metrics("step")[0]["loss"] == pytest.approx((each[0]["loss"] + each[1]["loss"]) / 2)
+    assert done.metrics("step")[0]["lr"] == each[1]["lr"]
+
+
+def test_noise_that_drowns_the_model_is_named(run: Start) -> None:
+    with pytest.raises(DivergedError, match=r"expert 2: after the noise .* lower cascade\.noise_intensity \(1e\+40\)"):
+        run(**{"cascade.noise_intensity": 1e40})
+
+
 def test_the_schedule_spans_the_expert_or_the_run(run: Start) -> None:
     """Linear from 1e-2 over 9 steps in 3 experts, with one step of warm-up for the run."""
     every_step = {"tracking.log_steps": 1, "training.learning_rate": 1e-2}

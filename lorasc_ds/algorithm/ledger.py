@@ -31,11 +31,16 @@ class LedgerError(ValueError):
     """The ledger is damaged, or does not belong to the weights it is replayed on."""
 
 
+def bytes_of(weight: Tensor) -> memoryview:
+    """The little-endian bytes of a tensor, row-major."""
+    return weight.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
+
+
 def digest(weights: Iterable[Tensor]) -> str:
     """sha256 over the little-endian bytes of the weights, one after the other, nothing between them."""
     total = hashlib.sha256()
     for weight in weights:
-        total.update(weight.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+        total.update(bytes_of(weight))
     return total.hexdigest()
 
 
@@ -153,7 +158,9 @@ class Ledger:
                 weights=tuple(content["weights"]),
                 experts=experts,
             )
-        except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+        except LedgerError:
+            raise
+        except (OSError, KeyError, TypeError, ValueError) as error:
             raise LedgerError(f"{path} cannot be read as a ledger: {error!r}") from error
         for record in experts:
             file = directory / record.file
@@ -167,7 +174,9 @@ class Ledger:
         Raises:
             LedgerError: they differ.
         """
-        found = digest(weights)
+        self.compare_base(digest(weights))
+
+    def compare_base(self, found: str) -> None:
         if found != self.base.sha256:
             raise LedgerError(
                 f"the adapted weights of {self.base.name} have sha256 {found}, but this ledger was written for"
@@ -178,17 +187,24 @@ class Ledger:
         """The adapted weights after the first `experts` experts (default: all), one at a time.
 
         Args:
-            base_weight: gives the pretrained weight of a name, of shape (out, in), in `base.dtype`. Check
-                it first with `check_base`.
+            base_weight: gives the pretrained weight of a name, of shape (out, in), in `base.dtype`.
 
         Yields:
             (name, weight of shape (out, in) in `base.dtype`), the bits of the live run.
+
+        Raises:
+            LedgerError: there are fewer experts; or, after the last weight, the pretrained weights were not those the
+                run began with. `check_base` tells before.
         """
+        if experts is not None and not 0 <= experts <= len(self.experts):
+            raise LedgerError(f"{self.directory} holds {len(self.experts)} experts, {experts} were asked for")
         records = self.experts[:experts]
+        seen = hashlib.sha256()
         with ExitStack() as stack:
             files = [stack.enter_context(safe_open(self.directory / record.file, framework="pt")) for record in records]
             for position, name in enumerate(self.weights):
                 base = base_weight(name)
+                seen.update(bytes_of(base))
                 accumulator = base.detach().float().flatten().clone()
                 for record, file in zip(records, files, strict=True):
                     stream = Stream(self.seed, record.index, position, Purpose.NOISE)
@@ -196,3 +212,4 @@ class Ledger:
                     pair = Pair(file.get_tensor(f"{name}.slow_A"), file.get_tensor(f"{name}.slow_B"))
                     add_delta_(accumulator, pair, self.adapter.scaling)
                 yield name, accumulator.to(base.dtype).view(base.shape)
+        self.compare_base(seen.hexdigest())

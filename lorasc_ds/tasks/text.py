@@ -18,7 +18,7 @@ def read_text(path: Path, key: str) -> str:
         DataError: it is missing, unreadable, not UTF-8 or empty.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(f"{key} {path}: byte {error.start} is not UTF-8; convert the file to UTF-8") from error
     except (OSError, ValueError) as error:
@@ -36,7 +36,7 @@ def read_documents(path: Path, key: str, text_field: str) -> list[Example]:
         DataError: with `file:line` where a row is not JSON, or its field is missing, no text or empty.
     """
     text = read_text(path, key)
-    if path.suffix == ".txt":
+    if path.suffix.lower() == ".txt":
         return [document(f"{path}", text)]
     documents = []
     for number, line in enumerate(text.split("\n"), start=1):

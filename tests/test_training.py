@@ -170,8 +170,10 @@ def test_the_same_seed_gives_the_same_bits_and_another_gives_others(run: Start) 
     assert first.summary["weights_sha256"] == again.summary["weights_sha256"]
     assert first.metrics("step") != other.metrics("step")
     assert first.summary["weights_sha256"] != other.summary["weights_sha256"]
-    drop_times = lambda records: [{k: v for k, v in r.items() if "second" not in k} for r in records]  # noqa: E731
-    assert drop_times(first.metrics("close")) == drop_times(again.metrics("close"))
+    closings = [
+        [{k: v for k, v in r.items() if k != "seconds"} for r in one.metrics("close")] for one in (first, again)
+    ]
+    assert closings[0] == closings[1]
 
 
 @pytest.mark.parametrize("loss", ["lm", "classification"])
@@ -417,7 +419,10 @@ def test_noise_that_drowns_the_model_is_named(run: Start) -> None:
 def test_the_schedule_spans_the_expert_or_the_run(run: Start) -> None:
     """Linear from 1e-2 over 9 steps in 3 experts, with one step of warm-up for the run."""
     every_step = {"tracking.log_steps": 1, "training.learning_rate": 1e-2}
-    rates = lambda **more: [r["lr"] for r in run(**every_step, **more).metrics("step")]  # noqa: E731
+
+    def rates(**more: Any) -> list[float]:
+        return [record["lr"] for record in run(**every_step, **more).metrics("step")]
+
     assert rates() == pytest.approx([1e-2 * factor for factor in (1, 2 / 3, 1 / 3)] * 3)
     assert rates(**{"training.schedule_span": "run"}) == pytest.approx([1e-2 * (9 - i) / 9 for i in range(9)])
     warm = rates(**{"training.schedule_span": "run", "training.warmup_steps": 3})

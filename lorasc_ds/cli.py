@@ -137,10 +137,6 @@ def did_you_mean(key: str, known: Sequence[str]) -> str:
     return f"; did you mean {close[0]}?" if close else ""
 
 
-def location_of_task(detail: Any) -> str:
-    return f"task {detail['loc'][1]}"
-
-
 def explain(error: ValidationError, places: dict[str, str]) -> ConfigError:
     """A pydantic error as one line: the key, where it stands, the value, what is needed."""
     lines = []
@@ -155,10 +151,8 @@ def explain(error: ValidationError, places: dict[str, str]) -> ConfigError:
         place = f" ({places[key]})" if key in places else ""
         if detail["type"] == "extra_forbidden":
             known = [*Config.model_fields, *fields_of()]
-            elsewhere = (
-                f"; another task has it, not {location_of_task(detail)}" if key in known else did_you_mean(key, known)
-            )
-            lines.append(f"unknown key {key}{place}{elsewhere}")
+            hint = f"; task {detail['loc'][1]} does not have it" if key in known else did_you_mean(key, known)
+            lines.append(f"unknown key {key}{place}{hint}")
         elif detail["type"] == "missing":
             lines.append(f"{key} is needed: set it in the recipe or with --{key}")
         elif detail["type"] == "value_error":

@@ -66,7 +66,7 @@ BAD = {
     "unknown section": ("trainin: {}", [], r"unknown key trainin .*did you mean training"),
     "a misspelt section": ("trainig: {epochs: 3}", [], r"unknown key trainig \(.*yaml:1\); did you mean training\?"),
     "a dotted key in YAML": ("training.epochs: 3", [], r"unknown key training\.epochs \(.*yaml:1\)"),
-    "a key of another task": ("", ["--task.name=text", "--task.train_file=a.txt", "--task.domain=rotated"], r"unknown key task\.domain \(--task\.domain\); another task has it, not task text"),
+    "a key of another task": ("", ["--task.name=text", "--task.train_file=a.txt", "--task.domain=rotated"], r"unknown key task\.domain \(--task\.domain\); task text does not have it"),
     "a rate beyond sense": ("", ["--training.learning_rate=1e38"], r"training\.learning_rate is 1e\+?38 .*less than or equal to 100"),
     "unknown key of a task": ("task: {domian: rotated}", [], r"unknown key task\.domian .*did you mean task\.domain\?"),
     "unknown flag": ("", ["--adapter.rnk=3"], r"unknown argument --adapter\.rnk=3; did you mean --adapter\.rank\?"),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from transformers import PreTrainedTokenizerBase
 
@@ -90,7 +90,7 @@ class Encoder:
         return own if own < self.vocabulary_size else 0
 
     def encode_texts(self, texts: list[str]) -> list[list[int]]:
-        return self.tokenizer(texts, verbose=False)["input_ids"]  # type: ignore[return-value]
+        return cast(list[list[int]], self.tokenizer(texts, verbose=False)["input_ids"])
 
     def encode(self, task: Task) -> dict[str, list[EncodedExample]]:
         """Every split of the task.

@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import safe_open
@@ -117,7 +117,7 @@ def longest_sequence(model: PreTrainedModel) -> int | None:
 
 def vocabulary_size(model: PreTrainedModel) -> int:
     """Rows of the embedding: every token id must be smaller."""
-    return model.get_input_embeddings().weight.shape[0]  # type: ignore[return-value]
+    return cast(Tensor, model.get_input_embeddings().weight).shape[0]
 
 
 def save_model(

@@ -120,8 +120,9 @@ class Tracker:
         self.writer.add_text("config", f"```yaml\n{text}\n```")
         plain = {key: v if isinstance(v, bool | int | float) else str(v) for key, v in settings.items()}
         metrics = {f"eval/{self.task}/dev/{metric}": 0.0 for metric in (self.headline, "loss")}
+        assert self.writer.file_writer is not None  # opened by add_text
         for summary in hparams(plain, metrics):
-            self.writer.file_writer.add_summary(summary)  # type: ignore[union-attr]
+            self.writer.file_writer.add_summary(summary)
 
     def trained(self, learning_rate: float, step: StepReport) -> None:
         """An optimizer step was taken. `log_steps` of them make a record, and so does what an expert leaves over."""

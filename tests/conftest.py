@@ -13,6 +13,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lorasc_ds import train as train_module
@@ -22,6 +23,7 @@ from lorasc_ds.quickstart.make_base import make_tokenizer
 
 ROOT = Path(__file__).parents[1]
 RECIPE = ROOT / "launch" / "recipes" / "quickstart.yaml"
+CASCADE = {"cascade.slow_retention": 0.6, "cascade.noise_intensity": 1.0, "training.learning_rate": 1e-2}
 
 
 @pytest.fixture(scope="session")
@@ -100,3 +102,11 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Run]:
         return Run(directory, json.loads((directory / "summary.json").read_text()), closed)
 
     return start
+
+
+Start = Callable[..., Run]
+
+
+def base_weights(folder: Path, names: list[str], dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+    tensors = load_file(folder / "model.safetensors")
+    return {name: tensors[name].to(dtype) for name in names}

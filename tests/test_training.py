@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,28 +11,17 @@ import numpy as np
 import pytest
 import reference
 import torch
-from accelerate import Accelerator
-from conftest import RECIPE, Run
+from conftest import CASCADE, RECIPE, Start, base_weights
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lorasc_ds import cascade as cascade_module
 from lorasc_ds.algorithm.ledger import Ledger, LedgerError, digest
 from lorasc_ds.cli import parse_command_line
 from lorasc_ds.data import derived_seed
-from lorasc_ds.errors import DivergedError
 from lorasc_ds.evaluation import evaluation_mode
-from lorasc_ds.models import QUICKSTART_BASE, load_model
+from lorasc_ds.models import QUICKSTART_BASE
 from lorasc_ds.preparation import prepare
 from lorasc_ds.trainer import Trainer
-
-Start = Callable[..., Run]
-CASCADE = {"cascade.slow_retention": 0.6, "cascade.noise_intensity": 1.0, "training.learning_rate": 1e-2}
-
-
-def base_weights(folder: Path, names: list[str], dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
-    tensors = load_file(folder / "model.safetensors")
-    return {name: tensors[name].to(dtype) for name in names}
 
 
 def plain_cascade(directory: Path, experts: int, **settings: Any) -> list[dict[str, np.ndarray]]:
@@ -196,121 +183,6 @@ def test_accumulation_changes_nothing_but_rounding(run: Start, loss: str) -> Non
         torch.testing.assert_close(split.closed[-1][name], weight, rtol=1e-3, atol=1e-4)
 
 
-def make_trainer(tmp_path: Path, **overrides: Any) -> Trainer:
-    settings = {"task.train_examples": 12, "task.dev_examples": 8, "task.test_examples": 10} | overrides
-    invocation = parse_command_line([f"--{key}={value}" for key, value in settings.items()], RECIPE)
-    assert not isinstance(invocation, str)
-    preparation = prepare(invocation.config)
-    return Trainer(preparation, load_model(invocation.config.model), Accelerator(mixed_precision="no"), tmp_path)
-
-
-def steps(trainer: Trainer, first: int, last: int) -> None:
-    for step in range(first, last):
-        trainer.training_step(step, 1e-2)
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_boundary_is_in_place_and_leaves_the_function_unchanged(tmp_path: Path, dtype: str) -> None:
-    """α = 0, λ = 0: the same objects, empty moments and steps, fresh pairs, logits within the bound."""
-    trainer = make_trainer(tmp_path, **{"cascade.strategy": "cascade", "cascade.experts": 3, "model.dtype": dtype})
-    cascade, (first, second, _) = trainer.cascade, trainer.preparation.plan
-    cascade.open_expert(first)
-    objects = [id(p) for p in trainer.model.parameters()]
-    pointers = [p.data_ptr() for p in trainer.model.parameters()]
-    optimizer = trainer.optimizer
-    steps(trainer, 0, 3)
-    state = trainer.backend.optimizer.state
-    assert all(value.any() for of_one in state.values() for value in of_one.values())
-    before = cascade.probe()
-    closing = cascade.close_expert(first)
-    assert closing.drift <= cascade_module.MAX_BOUNDARY_DRIFT[getattr(torch, dtype)]
-    assert closing.drift > 0 or dtype == "bfloat16"
-    assert closing.averaging_change == 0.0
-    opening = cascade.open_expert(second)
-    assert opening.noise_change == 0.0
-    change = (cascade.probe() - before).abs().max() / before.std()
-    assert change <= cascade_module.MAX_BOUNDARY_DRIFT[getattr(torch, dtype)]
-    assert [id(p) for p in trainer.model.parameters()] == objects
-    assert [p.data_ptr() for p in trainer.model.parameters()] == pointers
-    assert trainer.optimizer is optimizer
-    assert not any(value.any() for of_one in state.values() for value in of_one.values())
-    for position, one in enumerate(trainer.weights):
-        assert not one.B.any()
-        assert np.array_equal(one.A.detach().numpy(), reference.fresh_A(8, one.A.shape[1], position, 2, 0))
-
-
-def test_the_first_step_after_a_boundary_is_adam_s_first(tmp_path: Path) -> None:
-    """Without bias-correction's history each element of B moves by lr·g/(|g|+eps)."""
-    trainer = make_trainer(tmp_path, **{"cascade.strategy": "cascade", "training.max_grad_norm": "null"})
-    plan = list(trainer.preparation.plan)
-    trainer.cascade.open_expert(plan[0])
-    steps(trainer, 0, 3)
-    trainer.cascade.close_expert(plan[0])
-    trainer.cascade.open_expert(plan[1])
-    gradients: list[torch.Tensor] = []
-    hook = trainer.weights[0].B.register_hook(lambda gradient: gradients.append(gradient.clone()))
-    steps(trainer, 3, 4)
-    hook.remove()
-    g = gradients[0]
-    torch.testing.assert_close(trainer.weights[0].B.detach(), -1e-2 * g / (g.abs() + 1e-8), rtol=1e-4, atol=1e-7)
-
-
-@pytest.mark.parametrize(
-    ("dtype", "wrong"), [("float32", 1.01), ("float32", 0.0), ("bfloat16", 2.0), ("bfloat16", 0.0)]
-)
-def test_a_wrong_scaling_in_the_merge_stops_the_run(
-    run: Start, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, dtype: str, wrong: float
-) -> None:
-    """In bfloat16, where rounding alone moves logits, a scaling that is forgotten or counted twice is seen."""
-    merge_ = cascade_module.merge.merge_
-    monkeypatch.setattr(
-        cascade_module.merge,
-        "merge_",
-        lambda storage, acc, pair, s, start: merge_(storage, acc, pair, wrong * s, start),
-    )
-    for number, strategy in enumerate(("cascade", "lorasc")):  # found with averaging and noise on, too
-        with pytest.raises(DivergedError, match="merging it changed the probe's logits"):
-            run(**CASCADE, **{"cascade.strategy": strategy, "model.dtype": dtype})
-        status = json.loads((tmp_path / f"run{number}" / "status.json").read_text())
-        assert (status["state"], status["exit_code"]) == ("failed", 3)
-        assert len(Ledger.load(tmp_path / f"run{number}" / "ledger").experts) == status["expert"] - 1
-
-
-def test_changes_by_averaging_and_noise_are_measured(run: Start) -> None:
-    done = run(**CASCADE)
-    opened, closed = done.metrics("open"), done.metrics("close")
-    assert [record["noise_change"] > 0 for record in opened] == [False, True, True]
-    assert all(record["averaging_change"] > 0 for record in closed)
-    assert all(0 <= record["drift"] < 1e-3 for record in closed)
-    assert [record["overlap"] is None for record in closed] == [True, False, False]
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_virtual_close_ships_what_a_close_would_and_is_undone(tmp_path: Path, dtype: str) -> None:
-    trainer = make_trainer(tmp_path, **{"model.dtype": dtype, "cascade.experts": 2})
-    plan = list(trainer.preparation.plan)
-    trainer.cascade.open_expert(plan[0])
-    steps(trainer, 0, 2)
-    trainable = [p.detach().clone() for p in trainer.model.parameters()]
-    with trainer.cascade.as_if_closed():
-        virtual = trainer.weights_sha256()
-        logits = trainer.cascade.probe()
-    assert all(torch.equal(p, old) for p, old in zip(trainer.model.parameters(), trainable, strict=True))
-    trainer.cascade.close_expert(plan[0])
-    assert trainer.weights_sha256() == virtual
-    assert torch.equal(trainer.cascade.probe(), logits)
-
-
-def test_a_virtual_close_is_undone_after_an_error_too(tmp_path: Path) -> None:
-    trainer = make_trainer(tmp_path)
-    trainer.cascade.open_expert(trainer.preparation.plan.expert(1))
-    steps(trainer, 0, 2)
-    before = [p.detach().clone() for p in trainer.model.parameters()]
-    with pytest.raises(KeyboardInterrupt), trainer.cascade.as_if_closed():
-        raise KeyboardInterrupt
-    assert all(torch.equal(p, old) for p, old in zip(trainer.model.parameters(), before, strict=True))
-
-
 def test_selection_looks_at_the_ends_of_epochs_whatever_the_experts(run: Start) -> None:
     """Two experts in three epochs of three steps close after steps 4 and 9; step 4 is scored but not chosen from."""
     done = run(**CASCADE, **{"cascade.experts": 2, "training.select": "best_dev", "task.label_noise": 1.0})
@@ -355,65 +227,12 @@ def test_best_dev_ships_the_epoch_with_the_lowest_dev_loss(run: Start, strategy:
         assert digest(best[name] for name in names) == shipped["weights_sha256"]
 
 
-@pytest.mark.parametrize("where", ["device", "host"])
-def test_the_accumulator_s_place_changes_nothing(run: Start, where: str) -> None:
-    done = run(**CASCADE, **{"model.dtype": "bfloat16", "cascade.accumulator": where})
-    ledger = Ledger.load(done.directory / "ledger")
-    base = base_weights(QUICKSTART_BASE, list(ledger.weights), torch.bfloat16)
-    assert digest(weight for _, weight in ledger.replay(base.__getitem__)) == done.summary["weights_sha256"]
-
-
-def test_nothing_grows_over_ten_boundaries(tmp_path: Path) -> None:
-    trainer = make_trainer(tmp_path, **{"cascade.experts": 12, "training.epochs": 4, "model.dtype": "bfloat16"})
-
-    def live_bytes() -> int:
-        gc.collect()
-        tensors = [one for one in gc.get_objects() if issubclass(type(one), torch.Tensor)]
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-    sizes = []
-    for expert in trainer.preparation.plan:
-        trainer.cascade.open_expert(expert)
-        steps(trainer, expert.start, expert.stop)
-        trainer.cascade.close_expert(expert)
-        sizes.append(live_bytes())
-    assert len(sizes) == 12
-    assert sizes[1:] == [sizes[1]] * 11
-
-
-@pytest.mark.parametrize("what", ["loss", "gradient"])
-def test_a_number_that_is_not_finite_stops_before_the_update(tmp_path: Path, what: str) -> None:
-    trainer = make_trainer(tmp_path)
-    expert = trainer.preparation.plan.expert(1)
-    trainer.cascade.open_expert(expert)
-    steps(trainer, 0, 1)
-    before = [p.detach().clone() for p in trainer.model.parameters()]
-    if what == "loss":
-
-        def spoil(module: torch.nn.Module, inputs: Any, output: Any) -> None:
-            output.logits = output.logits * torch.nan
-
-        hook = trainer.model.register_forward_hook(spoil)
-    else:
-        hook = trainer.weights[0].B.register_hook(lambda gradient: gradient * torch.inf)
-    ids = trainer.preparation.data.step(1).ids
-    with pytest.raises(DivergedError, match=rf"step 2: .*stopped before the update.*{ids[0]}"):
-        steps(trainer, 1, 2)
-    hook.remove()
-    assert all(torch.equal(p, old) for p, old in zip(trainer.model.parameters(), before, strict=True))
-
-
 def test_a_record_never_mixes_experts(run: Start) -> None:
     done = run(**{"cascade.experts": 4, "tracking.log_steps": 2, "training.learning_rate": 1e-2})
     assert [(r["step"], r["expert"]) for r in done.metrics("step")] == [(2, 1), (4, 2), (6, 3), (8, 4), (9, 4)]
     each = run(**{"cascade.experts": 4, "tracking.log_steps": 1, "training.learning_rate": 1e-2}).metrics("step")
     assert done.metrics("step")[0]["loss"] == pytest.approx((each[0]["loss"] + each[1]["loss"]) / 2)
     assert done.metrics("step")[0]["lr"] == each[1]["lr"]
-
-
-def test_noise_that_drowns_the_model_is_named(run: Start) -> None:
-    with pytest.raises(DivergedError, match=r"expert 2: after the noise .* lower cascade\.noise_intensity \(1e\+40\)"):
-        run(**{"cascade.noise_intensity": 1e40})
 
 
 def test_the_schedule_spans_the_expert_or_the_run(run: Start) -> None:

@@ -28,6 +28,8 @@ class AdaptedWeight:
 
     Args:
         name: the key under which `save_pretrained` writes the weight, `.weight` included.
+        shape: (out, in), also where an engine has cut the weight up and left an empty tensor.
+        rank: r.
         weight: (out, in), frozen, in the storage dtype.
         A: (rank, in), trainable, float32.
         B: (out, rank), trainable, float32.
@@ -35,6 +37,8 @@ class AdaptedWeight:
     """
 
     name: str
+    shape: tuple[int, int]
+    rank: int
     weight: nn.Parameter
     A: nn.Parameter
     B: nn.Parameter
@@ -108,15 +112,15 @@ def layers_without(found: dict[str, nn.Module], modules: dict[str, nn.Module]) -
     return missing
 
 
-def saved_name(model: PreTrainedModel, path: str, weight: Tensor) -> str:
+def saved_name(model: PreTrainedModel, path: str, shape: tuple[int, int]) -> str:
     """The key under which `save_pretrained` writes the weight of the module at `path`.
 
     Raises:
         ConfigError: the checkpoint stores it in another shape, fused with others for instance.
     """
     key = f"{path}.weight"
-    written = revert_weight_conversion(model, {key: torch.empty_like(weight, device="meta")})
-    if len(written) != 1 or next(iter(written.values())).shape != weight.shape:
+    written = revert_weight_conversion(model, {key: torch.empty(shape, device="meta")})
+    if len(written) != 1 or next(iter(written.values())).shape != shape:
         raise ConfigError(
             f"adapter.target_modules: {key} is stored as {', '.join(written)} in this model's checkpoints,"
             " in another shape, so its merged weight cannot be named; take other layers"
@@ -145,11 +149,11 @@ def attach(
     """
     selected = select_modules(model, target_modules)
     for path, module in selected.items():
-        if rank > min(module.weight.shape):
+        if rank > min(shape_of(module)):
             raise ConfigError(
-                f"adapter.rank {rank} is larger than {path}, whose weight is {tuple(module.weight.shape)}: lower it"
+                f"adapter.rank {rank} is larger than {path}, whose weight is {shape_of(module)}: lower it"
             )
-    names = {path: saved_name(model, path, module.weight) for path, module in selected.items()}
+    names = {path: saved_name(model, path, shape_of(module)) for path, module in selected.items()}
     inject_adapter_in_model(
         LoraConfig(
             r=rank,
@@ -167,8 +171,13 @@ def attach(
         assert isinstance(layer, LoraLinear)
         lora_A, lora_B = layer.lora_A[ADAPTER].float(), layer.lora_B[ADAPTER].float()
         frozen, A, B = weight_of(selected[path]), weight_of(lora_A), weight_of(lora_B)
-        adapted.append(AdaptedWeight(name, frozen, A, B, layer.scaling[ADAPTER]))
+        adapted.append(AdaptedWeight(name, shape_of(selected[path]), rank, frozen, A, B, layer.scaling[ADAPTER]))
     return sorted(adapted, key=lambda one: one.name)
+
+
+def shape_of(layer: nn.Linear) -> tuple[int, int]:
+    """(out, in), also where an engine has cut the weight up and left an empty tensor."""
+    return layer.out_features, layer.in_features
 
 
 def weight_of(module: nn.Module) -> nn.Parameter:
@@ -177,12 +186,8 @@ def weight_of(module: nn.Module) -> nn.Parameter:
     return weight
 
 
-def backbone_state(model: nn.Module) -> dict[str, Tensor]:
-    """The model's tensors under the names of a model without adapters; the pairs are left out."""
-    return dict(backbone_items(model))
-
-
 def backbone_items(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    for key, tensor in model.state_dict().items():
+    """The model's parameters and buffers under the names of a model without adapters; the pairs are left out."""
+    for key, tensor in model.state_dict(keep_vars=True).items():
         if ".lora_" not in key:
             yield key.replace(".base_layer.", "."), tensor

@@ -22,7 +22,7 @@ from lorasc_ds.algorithm.ledger import Ledger
 from lorasc_ds.algorithm.noise import Purpose, Stream
 from lorasc_ds.algorithm.plan import Expert
 from lorasc_ds.errors import DivergedError
-from lorasc_ds.sharding import Backend, Slice
+from lorasc_ds.sharding import Backend, Processes, Slice
 
 # A bfloat16 logit of 20 has a spacing of 0.125, a twentieth of a usual standard deviation: sound merges of a pretrained
 # model were seen to move single logits by 0.067, so that a bound of 0.05 would end healthy runs.
@@ -78,7 +78,8 @@ class Cascade:
     Args:
         weights: the adapted weights in ledger order.
         backend: edits them wherever they live.
-        ledger: gets every expert that closes; its seed draws the pairs and the noise.
+        processes: those of the run.
+        ledger: gets every expert that closes, from the main process; its seed draws the pairs and the noise.
         slow_retention: α of eqs. 10 and 11.
         noise_intensity: λ of eq. 8.
         probe: logits of a fixed batch in evaluation mode, float32.
@@ -90,6 +91,7 @@ class Cascade:
         self,
         weights: Sequence[AdaptedWeight],
         backend: Backend,
+        processes: Processes,
         ledger: Ledger,
         *,
         slow_retention: float,
@@ -100,6 +102,7 @@ class Cascade:
     ) -> None:
         self.weights = weights
         self.backend = backend
+        self.processes = processes
         self.ledger = ledger
         self.slow_retention = slow_retention
         self.noise_intensity = noise_intensity
@@ -121,28 +124,29 @@ class Cascade:
         """W <- W + N (eqs. 7, 8), a fresh pair, an empty optimizer. The first expert meets no noise.
 
         Raises:
-            DivergedError: the noise is so large that the model computes nothing finite.
+            DivergedError: the noise is so large that the model computes nothing finite; or, read back, the engine
+                holds something else than was written.
         """
         began = time.perf_counter()
         noisy = expert.index > 1 and self.noise_intensity > 0
         before = self.probe() if noisy else None
+        self.noise_scale = self.noise_scales() if noisy else {one.name: 0.0 for one in self.weights}
+        pairs: dict[str, Pair] = {}
         for position, one in enumerate(self.weights):
-            scale = experts.noise_scale(self.slow[one.name], one.scaling, self.noise_intensity) if noisy else 0.0
-            self.noise_scale[one.name] = scale
             if noisy:
                 stream = Stream(self.ledger.seed, expert.index, position, Purpose.NOISE)
                 with self.backend.edit(one.weight) as part:
                     accumulator = self.accumulator_of(one, part)
-                    merge.add_noise_(accumulator, stream, scale, part.start)
+                    merge.add_noise_(accumulator, stream, self.noise_scale[one.name], part.start)
                     merge.round_into_(part.flat, accumulator)
             stream = Stream(self.ledger.seed, expert.index, position, Purpose.FRESH_A)
-            out_features, in_features = one.B.shape[0], one.A.shape[1]
-            fresh = experts.fresh_pair(stream, out_features, in_features, rank=one.A.shape[0])
-            self.write_pair(one, fresh)
-            if expert.index == 1:
-                self.slow[one.name] = fresh.to(one.A.device)
-        self.backend.empty_optimizer([parameter for one in self.weights for parameter in (one.A, one.B)])
-        noise_change = 0.0 if before is None else relative_change(before, self.probe())
+            pairs[one.name] = experts.fresh_pair(stream, *one.shape, rank=one.rank).to(self.processes.device)
+            self.write_pair(one, pairs[one.name])
+        if expert.index == 1:
+            self.slow = pairs
+        self.backend.empty_optimizer()
+        noise_change = 0.0 if before is None else self.change(before, self.probe())
+        self.read_back(expert, pairs)
         if not math.isfinite(noise_change):
             raise DivergedError(
                 f"expert {expert.index}: after the noise the probe's logits are not finite; lower"
@@ -165,15 +169,15 @@ class Cascade:
             for one in self.weights:
                 self.write_pair(one, merged[one.name])
             with_fast, before = before, self.probe()
-            averaging_change = relative_change(with_fast, before)
+            averaging_change = self.change(with_fast, before)
         squares = torch.zeros(2, dtype=torch.float64)
         for one in self.weights:
             with self.backend.edit(one.weight) as part:
                 accumulator = self.accumulator_of(one, part)
                 pair = merged[one.name].to(accumulator.device)
                 squares += merge.merge_(part.flat, accumulator, pair, one.scaling, part.start).cpu()
-            self.backend.write(one.B, torch.zeros_like(one.B))
-        drift = relative_change(before, self.probe())
+            self.backend.write(one.B, torch.zeros_like(merged[one.name].B))
+        drift = self.change(before, self.probe())
         if not math.isfinite(drift):
             raise DivergedError(
                 f"expert {expert.index}: merged, the probe's logits are not finite; lower training.learning_rate"
@@ -185,23 +189,26 @@ class Cascade:
                 f" deviation, more than cascade.max_boundary_drift {self.max_boundary_drift:g}: the numbers have"
                 " diverged or the merge is wrong; lower training.learning_rate, or raise the bound if it is rounding"
             )
+        self.check_replicas(expert)
+        meant, lost = self.processes.sum(squares.to(self.processes.device)).tolist()
         statistics = {one.name: experts.delta_statistics(merged[one.name], one.scaling) for one in self.weights}
         norm = math.hypot(*(of_one.norm for of_one in statistics.values()))
         overlap = None if expert.index == 1 else self.overlap(merged, norm)
         self.slow = merged
-        self.ledger.append(
-            index=expert.index,
-            steps=(expert.start, expert.stop),
-            slow_retention=self.slow_retention,
-            noise_intensity=self.noise_intensity,
-            noise_scale=self.noise_scale,
-            slow=self.slow,
-        )
+        if self.processes.main:
+            self.ledger.append(
+                index=expert.index,
+                steps=(expert.start, expert.stop),
+                slow_retention=self.slow_retention,
+                noise_intensity=self.noise_intensity,
+                noise_scale=self.noise_scale,
+                slow=self.slow,
+            )
         return Closing(
             norm=norm,
             std={name: of_one.std for name, of_one in statistics.items()},
             overlap=overlap,
-            lost=math.sqrt(squares[1] / squares[0]) if squares[0] > 0 else 0.0,
+            lost=math.sqrt(lost / meant) if meant > 0 else 0.0,
             averaging_change=averaging_change,
             drift=drift,
             seconds=time.perf_counter() - began,
@@ -221,14 +228,21 @@ class Cascade:
                 pair = slow[one.name].to(accumulator.device)
                 merge.write_merged_(part.flat, accumulator, pair, one.scaling, part.start)
             fast_B[one.name] = self.backend.read(one.B)
-            self.backend.write(one.B, torch.zeros_like(one.B))
-        try:
-            yield
-        finally:
+            self.backend.write(one.B, torch.zeros_like(fast_B[one.name]))
+
+        def undo() -> None:
             for one in self.weights:
                 with self.backend.edit(one.weight) as part:
                     merge.round_into_(part.flat, kept.get(one.name, self.accumulator_of(one, part)))
                 self.backend.write(one.B, fast_B[one.name])
+
+        try:
+            yield
+        except BaseException:
+            if self.processes.world_size == 1:  # else the run is over, and the others are not here to take part
+                undo()
+            raise
+        undo()
 
     def slow_after_closing(self) -> dict[str, Pair]:
         """The slow pairs that closing the open expert now would merge, by name."""
@@ -238,6 +252,51 @@ class Cascade:
             )
             for one in self.weights
         }
+
+    def noise_scales(self) -> dict[str, float]:
+        """c by name, as the main process computes it: the others' arithmetic may differ in the last bit."""
+        scales = [0.0] * len(self.weights)
+        if self.processes.main:
+            scales = [
+                experts.noise_scale(self.slow[one.name], one.scaling, self.noise_intensity) for one in self.weights
+            ]
+        return dict(zip((one.name for one in self.weights), self.processes.broadcast(scales), strict=True))
+
+    def read_back(self, expert: Expert, pairs: dict[str, Pair]) -> None:
+        """Compare the restarted engine with what was written to it.
+
+        Raises:
+            DivergedError: on all processes, if on any a parameter, its master, a moment or a weight differs.
+        """
+        held = {  # all of them are asked: asking may be collective
+            f"{one.name}.{part}": self.backend.holds(parameter, value)
+            for one in self.weights
+            for part, parameter, value in zip("AB", (one.A, one.B), pairs[one.name], strict=True)
+        }
+        wrong = [f"{name} is not what was written" for name, right in held.items() if not right]
+        if not self.backend.optimizer_is_empty():
+            wrong.append("the optimizer's state is not empty")
+        problems = self.processes.problems("; ".join(wrong[:3]) if wrong else None)
+        if problems:
+            raise DivergedError(
+                f"expert {expert.index}: the restart did not reach the whole engine ({'; '.join(problems)}): this"
+                " engine or optimizer keeps copies that are not known here, so do not trust its run"
+            )
+        self.check_replicas(expert)
+
+    def check_replicas(self, expert: Expert) -> None:
+        """Stop where processes that each hold the weights whole hold different ones."""
+        differing = self.backend.differing_replicas([one.weight for one in self.weights])
+        if differing:
+            names = ", ".join(self.weights[position].name for position in differing[:3])
+            raise DivergedError(
+                f"expert {expert.index}: {len(differing)} weights differ between processes ({names}): a device computes"
+                " wrongly, or the processes are of different kinds"
+            )
+
+    def change(self, before: Tensor, after: Tensor) -> float:
+        """`relative_change` as the main process sees it, so that all decide alike."""
+        return self.processes.broadcast([relative_change(before, after)])[0]
 
     def write_pair(self, one: AdaptedWeight, pair: Pair) -> None:
         self.backend.write(one.A, pair.A)

@@ -205,6 +205,7 @@ class Invocation:
     output_dir: Path
     resume: Literal["auto", "never"]
     dry_run: bool
+    deepspeed: Path | None = None
 
 
 class Parser(argparse.ArgumentParser):
@@ -228,7 +229,7 @@ def make_parser(default_recipe: Path) -> argparse.ArgumentParser:
     )
     parser.add_argument("--dry_run", action="store_true", help="check everything, print the plan; load no weights")
     parser.add_argument("--print_config", action="store_true", help="print every field with its meaning, and stop")
-    parser.add_argument("--deepspeed", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--deepspeed", type=Path, metavar="JSON", help="DeepSpeed settings, as in ds_configs/")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     group = parser.add_argument_group("overrides of the recipe")
     for key, fields in fields_of().items():
@@ -248,18 +249,13 @@ def parse_command_line(arguments: Sequence[str], default_recipe: Path) -> Invoca
         flag = unknown[0].split("=")[0]
         flags = [option for action in parser._actions for option in action.option_strings]
         raise ConfigError(f"unknown argument {unknown[0]}{did_you_mean(flag, flags)}")
-    if options.deepspeed is not None:
-        raise ConfigError(
-            f"--deepspeed {options.deepspeed}: this version trains on one process without an engine;"
-            " leave --deepspeed out"
-        )
     overrides = {key: value for key, value in vars(options).items() if "." in key and value is not None}
     content, places = load_yaml(options.config)
     config = build_config(content, places, overrides)
     if options.print_config:
         return describe(config)
     output_dir = options.output_dir or Path("runs") / f"{options.config.stem}-{config.cascade.strategy}"
-    return Invocation(config, options.config, output_dir, options.resume, options.dry_run)
+    return Invocation(config, options.config, output_dir, options.resume, options.dry_run, options.deepspeed)
 
 
 def to_yaml(config: Config) -> str:

@@ -80,6 +80,11 @@ class CascadeConfig(Section):
         default="device",
         description="Where the float32 sums behind bfloat16 weights live: beside the weights, or in host memory.",
     )
+    merge_path: Literal["auto", "local", "gather"] = Field(
+        default="auto",
+        description="How a boundary edits weights that ZeRO-3 has cut up: each rank its own slices, or rank 0 one"
+        " gathered weight at a time; the same bits. auto: local where a trial on the live model succeeds.",
+    )
     max_boundary_drift: float | None = Field(
         default=None,
         gt=0,
@@ -146,13 +151,17 @@ class TextConfig(Section):
 class TrainingConfig(Section):
     epochs: float = Field(default=5.0, gt=0, description="Passes over the training examples; fractions are allowed.")
     batch_size: int = Field(
-        default=4, ge=1, description="Global batch: examples per optimizer step, over all accumulation."
+        default=4, ge=1, description="Global batch: examples per optimizer step, over all processes and accumulation."
     )
     micro_batch_size: int | None = Field(
         default=None,
         ge=1,
-        description="Examples per forward pass; null: the whole batch. Less memory; the same result up to rounding,"
-        " except for dropout's masks.",
+        description="Examples per forward pass of a process; null: its whole share of the batch. Less memory; the same"
+        " result up to rounding, except for dropout's masks.",
+    )
+    gradient_checkpointing: bool = Field(
+        default=False,
+        description="Recompute activations in the backward pass: much less memory, about a third more time.",
     )
     eval_batch_size: int = Field(default=16, ge=1, description="Sequences per forward pass of an evaluation.")
     learning_rate: float = Field(default=1e-4, gt=0, le=100, description="Peak learning rate of AdamW.")
@@ -188,6 +197,9 @@ class TrainingConfig(Section):
         default="last", description="What ships: the last weights, or those of the epoch with the lowest dev loss."
     )
     save_model: bool = Field(default=True, description="Write the merged model to `model/`.")
+    ddp_timeout: int = Field(
+        default=1800, ge=1, description="Seconds that a process waits for the others before it gives up."
+    )
 
     @model_validator(mode="after")
     def consistent(self) -> TrainingConfig:

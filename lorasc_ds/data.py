@@ -97,17 +97,27 @@ def collate(examples: Sequence[Sequence[ScoredTokens]], gold: Sequence[int], pad
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """A forward pass of an optimizer step; `first` is the index of its first example in the global batch."""
+    """A forward pass of an optimizer step.
+
+    Args:
+        first: index of its first example in the global batch.
+        counts: False where it only keeps this process in step with the others, and adds nothing.
+    """
 
     first: int
     batch: Batch
+    counts: bool = True
 
 
 @dataclass(frozen=True, slots=True)
 class StepBatch:
-    """The global batch of an optimizer step.
+    """This process's part of the global batch of an optimizer step.
 
-    `normaliser` is what the summed loss is divided by: its scored tokens (lm) or examples (classification).
+    Args:
+        ids: of all examples of the global batch.
+        micro_batches: as many as every other process has.
+        normaliser: what the loss, summed over all processes, is divided by: the scored tokens of the global batch (lm)
+            or its examples (classification).
     """
 
     ids: tuple[str, ...]
@@ -124,7 +134,8 @@ def derived_seed(*parts: int) -> int:
 class TrainingData:
     """The batches of a run as a pure function of the optimizer step: every epoch in its own order.
 
-    The last batch of an epoch may be smaller; no example is left out or seen twice.
+    The last batch of an epoch may be smaller; no example is left out or seen twice. A global batch is cut
+    into the same micro batches whatever the number of processes, which take them in turn.
     """
 
     def __init__(
@@ -136,6 +147,8 @@ class TrainingData:
         micro_batch_size: int,
         seed: int,
         pad_id: int,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> None:
         self.examples = examples
         self.loss = loss
@@ -143,6 +156,8 @@ class TrainingData:
         self.micro_batch_size = micro_batch_size
         self.seed = seed
         self.pad_id = pad_id
+        self.rank = rank
+        self.world_size = world_size
         self.steps_per_epoch = math.ceil(len(examples) / batch_size)
         self.orders: dict[int, list[int]] = {}
 
@@ -162,13 +177,18 @@ class TrainingData:
         """The global batch of optimizer step `step`, counted from 0 over the run."""
         epoch, index = divmod(step, self.steps_per_epoch)
         chosen = self.order(epoch)[index * self.batch_size : (index + 1) * self.batch_size]
-        micro_batches = tuple(
-            MicroBatch(first, self.collate([self.examples[i] for i in chosen[first : first + self.micro_batch_size]]))
-            for first in range(0, len(chosen), self.micro_batch_size)
-        )
-        tokens = sum(micro.batch.scored_tokens for micro in micro_batches)
+        size = self.micro_batch_size
+
+        def micro_batch(number: int) -> MicroBatch:
+            first = number * size
+            counts = first < len(chosen)
+            first = first if counts else 0  # the end of an epoch: nothing is left for this process
+            return MicroBatch(first, self.collate([self.examples[i] for i in chosen[first : first + size]]), counts)
+
+        rounds = math.ceil(len(chosen) / (size * self.world_size))
+        tokens = sum(self.examples[i].target.scored for i in chosen)
         return StepBatch(
             ids=tuple(self.examples[i].id for i in chosen),
-            micro_batches=micro_batches,
+            micro_batches=tuple(micro_batch(turn * self.world_size + self.rank) for turn in range(rounds)),
             normaliser=tokens if self.loss == "lm" else len(chosen),
         )

@@ -35,3 +35,12 @@ class DivergedError(RunError):
     """A number is not finite, or a merge changed what the model computes."""
 
     exit_code = 3
+
+
+class PeerError(RunError):
+    """Another process of the run failed first; `told`: it has printed the message."""
+
+    def __init__(self, message: str, exit_code: int, *, told: bool) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+        self.told = told

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -12,6 +12,7 @@ from torch import nn
 from lorasc_ds.data import collate
 from lorasc_ds.encoding import EncodedExample
 from lorasc_ds.objectives import classification_losses, mean_log_probabilities, token_log_probabilities
+from lorasc_ds.sharding import Processes
 from lorasc_ds.tasks import Scores, Task
 
 
@@ -34,14 +35,48 @@ def evaluate(
     *,
     batch_size: int,
     pad_id: int,
+    processes: Processes,
 ) -> Scores:
     """Loss on every split, and accuracy (`candidates`) or perplexity (`documents`).
 
-    The loss is the one that is trained on. `batch_size` counts the model's inputs, not examples.
+    The loss is the one that is trained on. `batch_size` counts the model's inputs, not examples. The
+    processes take the batches in turn; all get the same scores, those of one process to the last bit.
     """
-    score = perplexity if task.kind == "documents" else accuracy
+
+    def sums(chosen: Sequence[EncodedExample]) -> Sums:
+        if task.kind == "documents":
+            return document_sums(model, chosen, pad_id, processes.device)
+        return candidate_sums(model, task.loss, chosen, pad_id, processes.device)
+
+    def score(examples: Sequence[EncodedExample]) -> dict[str, float]:
+        total_loss, counted, correct = total(list(batches(examples, batch_size)), sums, processes)
+        mean = total_loss / counted
+        if task.kind == "documents":
+            return {"perplexity": math.exp(mean) if mean < 700 else math.inf, "loss": mean}
+        return {"accuracy": correct / len(examples), "loss": mean}
+
     with evaluation_mode(model):
-        return {split: score(model, task.loss, splits[split], batch_size, pad_id) for split in task.evaluation_splits}
+        return {split: score(splits[split]) for split in task.evaluation_splits}
+
+
+Sums = tuple[float, int, int]
+"""Of a batch: the summed loss, what it is a sum over, and the right predictions."""
+
+
+def total(
+    chosen: Sequence[Sequence[EncodedExample]],
+    sums: Callable[[Sequence[EncodedExample]], Sums],
+    processes: Processes,
+) -> list[float]:
+    """The sums over all batches, each computed by one process."""
+    rows = torch.zeros(len(chosen), 3, dtype=torch.float64, device=processes.device)
+    for first in range(0, len(chosen), processes.world_size):
+        mine = first + processes.rank
+        # A process without a batch still takes part: a forward pass may gather weights from all.
+        row = sums(chosen[mine if mine < len(chosen) else 0])
+        if mine < len(chosen):
+            rows[mine] = torch.tensor(row, dtype=torch.float64)
+    return processes.sum(rows).cpu().sum(dim=0).tolist()
 
 
 def batches(examples: Sequence[EncodedExample], size: int) -> Iterator[Sequence[EncodedExample]]:
@@ -57,43 +92,24 @@ def batches(examples: Sequence[EncodedExample], size: int) -> Iterator[Sequence[
     yield chosen
 
 
-def device_of(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device
-
-
-def accuracy(
-    model: nn.Module, loss: str, examples: Sequence[EncodedExample], batch_size: int, pad_id: int
-) -> dict[str, float]:
+def candidate_sums(
+    model: nn.Module, loss: str, chosen: Sequence[EncodedExample], pad_id: int, device: torch.device
+) -> Sums:
     """The candidate of the highest mean log-probability is the prediction; of equals the first."""
-    correct, total_loss, counted = 0, 0.0, 0
-    for chosen in batches(examples, batch_size):
-        gold = [example.gold[0] for example in chosen]
-        batch = collate([example.candidates for example in chosen], gold, pad_id).to(device_of(model))
-        log_probabilities = token_log_probabilities(model, batch)
-        scores = mean_log_probabilities(log_probabilities, batch)
-        correct += sum(int(s.argmax()) in example.gold for s, example in zip(scores, chosen, strict=True))
-        if loss == "classification":
-            total_loss += float(classification_losses(log_probabilities, batch).double().sum())
-            counted += len(chosen)
-        else:
-            firsts = [sum(batch.candidates[:i]) for i in range(len(chosen))]
-            targets = torch.tensor(
-                [f + g for f, g in zip(firsts, gold, strict=True)], device=batch.token_sequence.device
-            )
-            of_targets = torch.isin(batch.token_sequence, targets)
-            total_loss -= float(log_probabilities[of_targets].double().sum())
-            counted += int(of_targets.sum())
-    return {"accuracy": correct / len(examples), "loss": total_loss / counted}
+    gold = [example.gold[0] for example in chosen]
+    batch = collate([example.candidates for example in chosen], gold, pad_id).to(device)
+    log_probabilities = token_log_probabilities(model, batch)
+    scores = mean_log_probabilities(log_probabilities, batch)
+    correct = sum(int(s.argmax()) in example.gold for s, example in zip(scores, chosen, strict=True))
+    if loss == "classification":
+        return float(classification_losses(log_probabilities, batch).double().sum()), len(chosen), correct
+    firsts = [sum(batch.candidates[:i]) for i in range(len(chosen))]
+    targets = torch.tensor([f + g for f, g in zip(firsts, gold, strict=True)], device=device)
+    of_targets = torch.isin(batch.token_sequence, targets)
+    return -float(log_probabilities[of_targets].double().sum()), int(of_targets.sum()), correct
 
 
-def perplexity(
-    model: nn.Module, loss: str, examples: Sequence[EncodedExample], batch_size: int, pad_id: int
-) -> dict[str, float]:
-    """exp of the mean loss over all scored tokens."""
-    total_loss, counted = 0.0, 0
-    for chosen in batches(examples, batch_size):
-        batch = collate([[example.target] for example in chosen], [0] * len(chosen), pad_id).to(device_of(model))
-        total_loss -= float(token_log_probabilities(model, batch).double().sum())
-        counted += batch.scored_tokens
-    mean = total_loss / counted
-    return {"perplexity": math.exp(mean) if mean < 700 else math.inf, "loss": mean}
+def document_sums(model: nn.Module, chosen: Sequence[EncodedExample], pad_id: int, device: torch.device) -> Sums:
+    """The loss over all scored tokens; nothing is predicted."""
+    batch = collate([[example.target] for example in chosen], [0] * len(chosen), pad_id).to(device)
+    return -float(token_log_probabilities(model, batch).double().sum()), batch.scored_tokens, 0

@@ -20,7 +20,6 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from lorasc_ds.adapters import backbone_state
 from lorasc_ds.config import ModelConfig
 from lorasc_ds.errors import ConfigError
 
@@ -81,7 +80,7 @@ def load_model(config: ModelConfig) -> PreTrainedModel:
     """The pretrained causal language model in `model.dtype`, from safetensors only.
 
     Raises:
-        ConfigError: it cannot be loaded, lacks weights, or lets a token see those after it.
+        ConfigError: it cannot be loaded, or lacks weights.
     """
     with loading("the model", config):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -94,20 +93,26 @@ def load_model(config: ModelConfig) -> PreTrainedModel:
                 f"model.name_or_path {config.name_or_path}: {len(absent)} weights of {type(model).__name__} are not in"
                 f" its files ({', '.join(absent[:3])}): they would be random; give a complete checkpoint"
             )
-        if sees_the_future(model):
-            raise ConfigError(
-                f"model.name_or_path {config.name_or_path}: {type(model).__name__} lets a token see the tokens after"
-                " it, so the loss would be that of a copy; give a causal language model"
-            )
     return model
 
 
-def sees_the_future(model: PreTrainedModel) -> bool:
-    """Whether another last token changes the logits before it."""
-    ids = torch.tensor([[1, 2, 3, 4], [1, 2, 3, 5]], device=model.device) % vocabulary_size(model)
-    with torch.no_grad():
-        one, other = model.eval()(input_ids=ids, use_cache=False).logits[:, :-1].float()
-    return bool((one - other).abs().max() > 1e-3 * one.std())
+def refuse_bidirectional(config: ModelConfig, model: PreTrainedModel, logits: Callable[[Tensor], Tensor]) -> None:
+    """Stop where another last token changes the logits before it.
+
+    Args:
+        logits: maps token ids (inputs, length) to (inputs, length, vocabulary), without dropout.
+
+    Raises:
+        ConfigError: it does.
+    """
+    one, other = logits(torch.tensor([[1, 2, 3, 4], [1, 2, 3, 5]]) % model.config.get_text_config().vocab_size)[
+        :, :-1
+    ].float()
+    if (one - other).abs().max() > 1e-3 * one.std():
+        raise ConfigError(
+            f"model.name_or_path {config.name_or_path}: {type(model).__name__} lets a token see the tokens after"
+            " it, so the loss would be that of a copy; give a causal language model"
+        )
 
 
 def longest_sequence(model: PreTrainedModel) -> int | None:
@@ -122,6 +127,7 @@ def vocabulary_size(model: PreTrainedModel) -> int:
 
 def save_model(
     model: PreTrainedModel,
+    backbone: dict[str, Tensor],
     tokenizer: PreTrainedTokenizerBase,
     directory: Path,
     check: Callable[[Path], None],
@@ -129,11 +135,12 @@ def save_model(
     """Write the backbone as a plain Hugging Face model; `directory` appears whole and checked, or not at all.
 
     Args:
+        backbone: its tensors, whole, by name.
         check: raises if the files of the folder it is given are not right.
     """
     temporary = directory.with_name(f".tmp-{directory.name}")
     shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary, state_dict=backbone_state(model))
+    model.save_pretrained(temporary, state_dict=backbone)
     tokenizer.save_pretrained(temporary)
     check(temporary)
     umask = os.umask(0)

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lorasc_ds import models
 from lorasc_ds.adapters import AdaptedWeight, attach
 from lorasc_ds.algorithm.plan import Expert, Plan, compressed_warmup, learning_rate_factor
-from lorasc_ds.config import STRATEGIES, Config, TextConfig
+from lorasc_ds.config import STRATEGIES, Config, TextConfig, TrainingConfig
 from lorasc_ds.data import TrainingData
 from lorasc_ds.encoding import EncodedExample, Encoder
 from lorasc_ds.errors import ConfigError
@@ -43,6 +43,11 @@ class Preparation:
     selection_steps: frozenset[int]
     truncated: int
 
+    @property
+    def accumulation(self) -> int:
+        """Micro batches of a process in a full global batch."""
+        return self.data.batch_size // (self.data.micro_batch_size * self.data.world_size)
+
     def learning_rate(self, expert: Expert, step: int) -> float:
         """Of optimizer step `step` of the run, which lies in `expert`."""
         training = self.config.training
@@ -73,8 +78,8 @@ class Preparation:
             f"model     {self.config.model.name_or_path}, {self.config.model.dtype}: {frozen:,} frozen parameters",
             f"adapter   {self.config.adapter.method}, rank {self.config.adapter.rank}, s = {self.weights[0].scaling:g}:"
             f" {len(self.weights)} weights, {trained:,} trainable parameters",
-            f"batch     {training.batch_size} = {self.data.micro_batch_size} micro x 1 process"
-            f" x {training.batch_size // self.data.micro_batch_size} accumulation",
+            f"batch     {training.batch_size} = {self.data.micro_batch_size} micro x {self.data.world_size}"
+            f" {'process' if self.data.world_size == 1 else 'processes'} x {self.accumulation} accumulation",
             f"steps     {plan.steps} = {training.epochs:g} epochs x {self.data.steps_per_epoch}; {experts}",
             f"cascade   strategy {cascade.strategy}: slow retention {self.slow_retention:g},"
             f" noise intensity {self.noise_intensity:g}",
@@ -122,12 +127,31 @@ def evaluation_steps(config: Config, plan: Plan, epoch_ends: frozenset[int]) -> 
     return epoch_ends | ({expert.stop for expert in plan} if few_experts else set())
 
 
-def prepare(config: Config) -> Preparation:
+def micro_batch_size(training: TrainingConfig, world_size: int) -> int:
+    """Examples per forward pass of a process.
+
+    Raises:
+        ConfigError: the global batch cannot be shared out evenly.
+    """
+    micro = training.micro_batch_size or max(1, training.batch_size // world_size)
+    if training.batch_size % (micro * world_size):
+        raise ConfigError(
+            f"training.batch_size is {training.batch_size}, not a multiple of {world_size} processes x {micro} examples"
+            " (training.micro_batch_size): change one so that every process has the same share"
+        )
+    return micro
+
+
+def prepare(config: Config, rank: int = 0, world_size: int = 1) -> Preparation:
     """Read the data, tokenise it, lay the model out on the meta device and plan the steps.
+
+    Args:
+        rank, world_size: which process this is, of how many.
 
     Raises:
         ConfigError, DataError: in one line.
     """
+    micro = micro_batch_size(config.training, world_size)
     task = load_task(config.task, config.training.seed)
     tokenizer = models.load_tokenizer(config.model)
     shape = models.load_shape(config.model)
@@ -150,9 +174,11 @@ def prepare(config: Config) -> Preparation:
         splits["train"],
         loss=task.loss,
         batch_size=training.batch_size,
-        micro_batch_size=training.micro_batch_size or training.batch_size,
+        micro_batch_size=micro,
         seed=training.seed,
         pad_id=encoder.pad_id,
+        rank=rank,
+        world_size=world_size,
     )
     plan = make_plan(config, data.steps_per_epoch)
     strategy = STRATEGIES[config.cascade.strategy]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 import time
 from pathlib import Path
@@ -43,6 +44,7 @@ class Tracker:
         experts: experts of the run.
         log_steps: steps between two records of the loss.
         tensorboard: whether to write `tensorboard/`.
+        main: whether this process writes and prints; the others only count.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class Tracker:
         experts: int,
         log_steps: int,
         tensorboard: bool,
+        main: bool = True,
     ) -> None:
         self.directory = directory
         self.task = task
@@ -63,9 +66,10 @@ class Tracker:
         self.steps_per_epoch = steps_per_epoch
         self.experts = experts
         self.log_steps = log_steps
-        self.metrics = (directory / "metrics.jsonl").open("a", encoding="utf-8")
-        self.writer = SummaryWriter(directory / "tensorboard") if tensorboard else None
-        self.bar = tqdm(total=steps, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True)
+        self.main = main
+        self.metrics = open(directory / "metrics.jsonl" if main else os.devnull, "a", encoding="utf-8")  # noqa: SIM115
+        self.writer = SummaryWriter(directory / "tensorboard") if tensorboard and main else None
+        self.bar = tqdm(total=steps, unit="step", disable=not (main and sys.stderr.isatty()), dynamic_ncols=True)
         self.step = 0
         self.expert = 0
         self.window: list[StepReport] = []
@@ -84,7 +88,7 @@ class Tracker:
     ) -> None:
         if error is not None:
             code = error.exit_code if isinstance(error, RunError) else 1
-            self.status("failed", " ".join(f"{type(error).__name__}: {error}".split()), code)
+            self.failed(" ".join(f"{type(error).__name__}: {error}".split()), code)
         self.bar.close()
         self.metrics.close()
         if self.writer is not None:
@@ -95,12 +99,17 @@ class Tracker:
         return self.step / self.steps_per_epoch
 
     def status(self, state: run_directory.State, message: str, exit_code: int | None = None) -> None:
-        run_directory.write_status(self.directory, state, self.step, self.expert, message, exit_code)
+        if self.main:
+            run_directory.write_status(self.directory, state, self.step, self.expert, message, exit_code)
+
+    def failed(self, message: str, exit_code: int) -> None:
+        self.status("failed", message, exit_code)
 
     def say(self, line: str) -> None:
         """A line on stdout, above the progress bar where there is one."""
-        with tqdm.external_write_mode(file=sys.stdout):
-            print(line, flush=True)
+        if self.main:
+            with tqdm.external_write_mode(file=sys.stdout):
+                print(line, flush=True)
 
     def record(self, event: str, values: dict[str, Any]) -> None:
         """One object of `metrics.jsonl`."""

@@ -24,9 +24,9 @@ from lorasc_ds import models, run_directory
 from lorasc_ds.cli import Invocation, parse_command_line, to_yaml
 from lorasc_ds.config import Config
 from lorasc_ds.dry_run import report
-from lorasc_ds.errors import RunError, StoppedError
+from lorasc_ds.errors import PeerError, RunError, StoppedError
 from lorasc_ds.preparation import Preparation, prepare
-from lorasc_ds.sharding import refuse_unsupported
+from lorasc_ds.sharding import detect, failing_together, sharded_loading, start
 from lorasc_ds.tasks import Scores
 from lorasc_ds.tracking import Tracker, results_table
 from lorasc_ds.trainer import Trainer, peak_memory
@@ -37,6 +37,7 @@ def train(
 ) -> dict[str, Any]:
     """Run the cascade, write the model, and return the summary."""
     trainer = Trainer(preparation, model, accelerator, directory)
+    tracker.say(f"engine    {trainer.engine.name}, merges {trainer.backend.merge_path}")
     cascade, selection = trainer.cascade, trainer.selection
 
     def score(when: str) -> Scores:
@@ -69,7 +70,8 @@ def train(
         "adapter": config.adapter.model_dump(mode="json") | {"scaling": trainer.weights[0].scaling},
         "model": config.model.model_dump(mode="json"),
         "task": preparation.task.name,
-        "engine": trainer.backend.name,
+        "engine": trainer.engine.name,
+        "merge_path": trainer.backend.merge_path.split(":")[0],
         "device": str(accelerator.device),
         "world_size": accelerator.num_processes,
         "experts": plan.experts,
@@ -127,31 +129,49 @@ def run(invocation: Invocation) -> None:
     deterministic()
     if not sys.stderr.isatty():
         disable_progress_bar()
-    accelerator = Accelerator(mixed_precision="no")  # model.dtype owns the precision, whatever the launcher's default
-    refuse_unsupported(accelerator)
-    preparation = prepare(config)
-    print("\n".join((f"recipe    {invocation.recipe}", *preparation.derived_numbers())), flush=True)
+    launch = detect(invocation.deepspeed)
+    preparation = prepare(config, launch.rank, launch.world_size)
+    if launch.rank == 0:
+        print("\n".join((f"recipe    {invocation.recipe}", *preparation.derived_numbers())), flush=True)
     if invocation.dry_run:
-        print(report(preparation))
+        if launch.rank == 0:
+            print(report(preparation))
         return
-    model = models.load_model(config.model)
-    run_directory.begin(directory, config)
-    with Tracker(
-        directory,
-        task=preparation.task.name,
-        headline="perplexity" if preparation.task.kind == "documents" else "accuracy",
-        steps=preparation.plan.steps,
-        steps_per_epoch=preparation.data.steps_per_epoch,
-        experts=preparation.plan.experts,
-        log_steps=config.tracking.log_steps,
-        tensorboard=config.tracking.tensorboard,
-    ) as tracker:
+    accelerator = start(
+        launch,
+        micro_batch_size=preparation.data.micro_batch_size,
+        accumulation=preparation.accumulation,
+        max_grad_norm=config.training.max_grad_norm,
+        timeout_seconds=config.training.ddp_timeout,
+    )
+    with sharded_loading(launch, accelerator, config.model.dtype):
+        model = models.load_model(config.model)
+    main = launch.rank == 0
+    if main:
+        run_directory.begin(directory, config)
+    with (
+        Tracker(
+            directory,
+            task=preparation.task.name,
+            headline="perplexity" if preparation.task.kind == "documents" else "accuracy",
+            steps=preparation.plan.steps,
+            steps_per_epoch=preparation.data.steps_per_epoch,
+            experts=preparation.plan.experts,
+            log_steps=config.tracking.log_steps,
+            tensorboard=config.tracking.tensorboard,
+            main=main,
+        ) as tracker,
+        failing_together(launch.rank, launch.world_size, tracker.failed),
+    ):
         tracker.configuration(to_yaml(config), run_directory.flatten(config.model_dump(mode="json")))
         summary = train(preparation, model, accelerator, directory, tracker)
-        run_directory.write_json(directory / "summary.json", summary)
+        if main:
+            run_directory.write_json(directory / "summary.json", summary)
         tracker.status("done", "finished", exit_code=0)
-    print(results_table(summary["eval_before"], summary["eval"]))
-    print(next_commands(directory, config))
+    if main:
+        print(results_table(summary["eval_before"], summary["eval"]))
+        print(next_commands(directory, config))
+    accelerator.end_training()
 
 
 @contextmanager
@@ -178,6 +198,10 @@ def main(arguments: Sequence[str], default_recipe: Path) -> int:
         else:
             with stopping_at_signals():
                 run(invocation)
+    except PeerError as error:
+        if not error.told:
+            print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
     except RunError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

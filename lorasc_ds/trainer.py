@@ -1,4 +1,4 @@
-"""The live parts of a run: model, pairs, optimizer, cascade; a step, a score, what ships."""
+"""The live parts of a run: model, pairs, engine, cascade; a step, a score, what ships."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from lorasc_ds import models
-from lorasc_ds.adapters import AdaptedWeight
+from lorasc_ds.adapters import AdaptedWeight, backbone_items
 from lorasc_ds.algorithm.ledger import Adapter, Base, Ledger, digest
 from lorasc_ds.cascade import Cascade, pair_parameters
 from lorasc_ds.data import derived_seed
@@ -22,7 +22,7 @@ from lorasc_ds.errors import DivergedError
 from lorasc_ds.evaluation import evaluate, evaluation_mode
 from lorasc_ds.objectives import scored_logits, summed_loss
 from lorasc_ds.preparation import Preparation, attach_adapters
-from lorasc_ds.sharding import Backend, backend_for
+from lorasc_ds.sharding import Backend, Processes, prepare_engine
 from lorasc_ds.tasks import Scores
 from lorasc_ds.tracking import StepReport
 
@@ -59,28 +59,41 @@ class Selection:
 
 
 class Trainer:
-    """The live parts of a run and the verbs of the loop."""
+    """The live parts of a run and the verbs of the loop.
+
+    Args:
+        module: the pretrained model; its weights may already be cut up.
+
+    Raises:
+        ConfigError: the model lets a token see those after it.
+    """
 
     def __init__(
-        self, preparation: Preparation, model: PreTrainedModel, accelerator: Accelerator, directory: Path
+        self, preparation: Preparation, module: PreTrainedModel, accelerator: Accelerator, directory: Path
     ) -> None:
         self.preparation = preparation
-        self.accelerator = accelerator
-        config = preparation.config
-        self.weights = attach_adapters(config, model)
+        self.module = module
+        config, data = preparation.config, preparation.data
+        self.processes = Processes(data.rank, data.world_size, accelerator.device)
+        self.weights = attach_adapters(config, module)
+        if config.training.gradient_checkpointing:
+            module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         optimizer = torch.optim.AdamW(
             pair_parameters(self.weights), lr=config.training.learning_rate, weight_decay=config.training.weight_decay
         )
-        self.model: PreTrainedModel
-        self.model, self.optimizer = accelerator.prepare(model, optimizer)
-        self.model.train()
-        self.backend = backend_for(optimizer)
+        frozen = [one.weight for one in self.weights]
+        self.engine, self.backend = prepare_engine(
+            accelerator, self.processes, module, optimizer, frozen, config.cascade.merge_path
+        )
+        self.engine.model.train()
+        models.refuse_bidirectional(config.model, module, self.logits)
         self.base_sha256 = self.weights_sha256()
         self.selection = Selection(config.training.select, self.weights, self.backend)
         self.cascade = Cascade(
             self.weights,
             self.backend,
-            self.new_ledger(getattr(model.config, "_commit_hash", None), directory / "ledger"),
+            self.processes,
+            self.new_ledger(getattr(module.config, "_commit_hash", None), directory / "ledger"),
             slow_retention=preparation.slow_retention,
             noise_intensity=preparation.noise_intensity,
             probe=self.probe(),
@@ -89,7 +102,7 @@ class Trainer:
         )
 
     def new_ledger(self, commit: str | None, directory: Path) -> Ledger:
-        """An empty ledger on disk; `commit` is the hub's, where the model came from there."""
+        """An empty ledger, written by the main process; `commit` is the hub's, where the model came from there."""
         preparation, config = self.preparation, self.preparation.config
         ledger = Ledger(
             directory=directory,
@@ -101,28 +114,34 @@ class Trainer:
             noise_intensity=preparation.noise_intensity,
             weights=tuple(one.name for one in self.weights),
         )
-        ledger.save()
+        if self.processes.main:
+            ledger.save()
         return ledger
+
+    def logits(self, ids: Tensor) -> Tensor:
+        """Of token ids (inputs, length), in evaluation mode: (inputs, length, vocabulary)."""
+        with evaluation_mode(self.engine.model):
+            return self.engine.model(input_ids=ids.to(self.processes.device), use_cache=False).logits
 
     def probe(self) -> Callable[[], Tensor]:
         """Logits of a few training examples in evaluation mode, float32, at most `PROBE_TOKENS` of them."""
         data = self.preparation.data
-        batch = data.collate(data.examples[:PROBE_EXAMPLES]).last_scored(PROBE_TOKENS).to(self.accelerator.device)
+        batch = data.collate(data.examples[:PROBE_EXAMPLES]).last_scored(PROBE_TOKENS).to(self.processes.device)
 
         def logits() -> Tensor:
-            with evaluation_mode(self.model):
-                return scored_logits(self.model, batch)
+            with evaluation_mode(self.engine.model):
+                return scored_logits(self.engine.model, batch)
 
         return logits
 
     def evaluate(self) -> Scores:
-        training = self.preparation.config.training
         return evaluate(
-            self.model,
+            self.engine.model,
             self.preparation.task,
             self.preparation.splits,
-            batch_size=training.eval_batch_size,
+            batch_size=self.preparation.config.training.eval_batch_size,
             pad_id=self.preparation.data.pad_id,
+            processes=self.processes,
         )
 
     def weights_sha256(self) -> str:
@@ -138,32 +157,43 @@ class Trainer:
         began = time.perf_counter()
         training = self.preparation.config.training
         batch = self.preparation.data.step(step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
-        total = torch.zeros((), device=self.accelerator.device)
-        for micro in batch.micro_batches:
+        totals = torch.zeros(2, dtype=torch.float64, device=self.processes.device)  # loss, tokens
+        for number, micro in enumerate(batch.micro_batches, start=1):
             torch.manual_seed(derived_seed(training.seed, step, micro.first))  # dropout
-            loss = summed_loss(self.model, micro.batch.to(self.accelerator.device), self.preparation.task.loss)
-            loss = loss / batch.normaliser
-            self.accelerator.backward(loss)
-            total += loss.detach()
-        norm = nn.utils.clip_grad_norm_(pair_parameters(self.weights), training.max_grad_norm or math.inf)
-        if not torch.isfinite(total + norm):
+            with self.engine.micro_step(last=number == len(batch.micro_batches)):
+                loss = summed_loss(self.engine.model, micro.batch.to(self.processes.device), self.preparation.task.loss)
+                loss = loss * micro.counts / batch.normaliser
+                self.engine.backward(loss)
+            totals[0] += loss.detach()
+            totals[1] += micro.batch.input_tokens * micro.counts
+        loss_sum, tokens = self.processes.sum(totals).tolist()
+        norm = math.nan
+        if math.isfinite(loss_sum):
+            norm = float(self.engine.update(learning_rate, training.max_grad_norm))
+        if not math.isfinite(norm):
             raise DivergedError(
-                f"step {step + 1}: the loss is {total:g} and the gradient's norm {norm:g}; stopped before the update."
-                f" Lower training.learning_rate or look at the examples {', '.join(batch.ids)}"
+                f"step {step + 1}: the loss is {loss_sum:g} and the gradient's norm {norm:g}; stopped before the"
+                f" update. Lower training.learning_rate or look at the examples {', '.join(batch.ids)}"
             )
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        tokens = sum(micro.batch.input_tokens for micro in batch.micro_batches)
-        return StepReport(float(total), float(norm), tokens, time.perf_counter() - began)
+        return StepReport(loss_sum, norm, int(tokens), time.perf_counter() - began)
+
+    def backbone(self) -> dict[str, Tensor]:
+        """The merged model's tensors by name: whole on the main process, nothing on the others."""
+        whole: dict[int, Tensor] = {}  # tied tensors once
+        items = list(backbone_items(self.module))
+        for _, tensor in items:
+            if id(tensor) not in whole:
+                full = self.backend.full(tensor)
+                whole[id(tensor)] = full if self.processes.main else full.new_empty(0)
+        return {name: whole[id(tensor)] for name, tensor in items} if self.processes.main else {}
 
     def save(self, directory: Path, sha256: str) -> None:
         """Write the merged model, read its adapted weights back and compare digests; or a note, if not asked for."""
         if not self.preparation.config.training.save_model:
-            directory.mkdir()
-            note = "training.save_model was false: the ledger and the base model give these weights.\n"
-            (directory / "NOT_SAVED.txt").write_text(note)
+            if self.processes.main:
+                directory.mkdir()
+                note = "training.save_model was false: the ledger and the base model give these weights.\n"
+                (directory / "NOT_SAVED.txt").write_text(note)
             return
         names = [one.name for one in self.weights]
 
@@ -172,7 +202,9 @@ class Trainer:
             if digest(found[name] for name in names) != sha256:
                 raise RuntimeError(f"{folder} holds other weights than the live model")
 
-        models.save_model(self.model, self.preparation.tokenizer, directory, check)
+        backbone = self.backbone()
+        if self.processes.main:
+            models.save_model(self.module, backbone, self.preparation.tokenizer, directory, check)
 
 
 def peak_memory(device: torch.device) -> int:

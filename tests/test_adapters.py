@@ -23,7 +23,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from lorasc_ds.adapters import AdaptedWeight, attach, backbone_state
+from lorasc_ds.adapters import AdaptedWeight, attach, backbone_items
 from lorasc_ds.errors import ConfigError
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64}
@@ -54,7 +54,7 @@ def test_names_are_the_keys_of_the_saved_file(kind: str, tmp_path: Path) -> None
         for one in weights:
             assert torch.equal(file.get_tensor(one.name), one.weight)
         saved = set(file.keys())
-    model.save_pretrained(tmp_path / "adapted", state_dict=backbone_state(model))
+    model.save_pretrained(tmp_path / "adapted", state_dict=dict(backbone_items(model)))
     with safe_open(tmp_path / "adapted" / "model.safetensors", framework="pt") as file:
         assert set(file.keys()) == saved
 

@@ -42,9 +42,9 @@ def test_a_boundary_is_in_place_and_leaves_the_function_unchanged(tmp_path: Path
     trainer = make_trainer(tmp_path, **{"cascade.strategy": "cascade", "cascade.experts": 3, "model.dtype": dtype})
     cascade, (first, second, _) = trainer.cascade, trainer.preparation.plan
     cascade.open_expert(first)
-    objects = [id(p) for p in trainer.model.parameters()]
-    pointers = [p.data_ptr() for p in trainer.model.parameters()]
-    optimizer = trainer.optimizer
+    objects = [id(p) for p in trainer.module.parameters()]
+    pointers = [p.data_ptr() for p in trainer.module.parameters()]
+    optimizer = trainer.backend.optimizer
     steps(trainer, 0, 3)
     state = trainer.backend.optimizer.state
     assert all(value.any() for of_one in state.values() for value in of_one.values())
@@ -57,9 +57,9 @@ def test_a_boundary_is_in_place_and_leaves_the_function_unchanged(tmp_path: Path
     assert opening.noise_change == 0.0
     change = (cascade.probe() - before).abs().max() / before.std()
     assert change <= cascade_module.MAX_BOUNDARY_DRIFT[getattr(torch, dtype)]
-    assert [id(p) for p in trainer.model.parameters()] == objects
-    assert [p.data_ptr() for p in trainer.model.parameters()] == pointers
-    assert trainer.optimizer is optimizer
+    assert [id(p) for p in trainer.module.parameters()] == objects
+    assert [p.data_ptr() for p in trainer.module.parameters()] == pointers
+    assert trainer.backend.optimizer is optimizer
     assert not any(value.any() for of_one in state.values() for value in of_one.values())
     for position, one in enumerate(trainer.weights):
         assert not one.B.any()
@@ -118,11 +118,11 @@ def test_a_virtual_close_ships_what_a_close_would_and_is_undone(tmp_path: Path, 
     plan = list(trainer.preparation.plan)
     trainer.cascade.open_expert(plan[0])
     steps(trainer, 0, 2)
-    trainable = [p.detach().clone() for p in trainer.model.parameters()]
+    trainable = [p.detach().clone() for p in trainer.module.parameters()]
     with trainer.cascade.as_if_closed():
         virtual = trainer.weights_sha256()
         logits = trainer.cascade.probe()
-    assert all(torch.equal(p, old) for p, old in zip(trainer.model.parameters(), trainable, strict=True))
+    assert all(torch.equal(p, old) for p, old in zip(trainer.module.parameters(), trainable, strict=True))
     trainer.cascade.close_expert(plan[0])
     assert trainer.weights_sha256() == virtual
     assert torch.equal(trainer.cascade.probe(), logits)
@@ -132,10 +132,10 @@ def test_a_virtual_close_is_undone_after_an_error_too(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path)
     trainer.cascade.open_expert(trainer.preparation.plan.expert(1))
     steps(trainer, 0, 2)
-    before = [p.detach().clone() for p in trainer.model.parameters()]
+    before = [p.detach().clone() for p in trainer.module.parameters()]
     with pytest.raises(KeyboardInterrupt), trainer.cascade.as_if_closed():
         raise KeyboardInterrupt
-    assert all(torch.equal(p, old) for p, old in zip(trainer.model.parameters(), before, strict=True))
+    assert all(torch.equal(p, old) for p, old in zip(trainer.module.parameters(), before, strict=True))
 
 
 @pytest.mark.parametrize("where", ["device", "host"])
@@ -170,20 +170,20 @@ def test_a_number_that_is_not_finite_stops_before_the_update(tmp_path: Path, wha
     expert = trainer.preparation.plan.expert(1)
     trainer.cascade.open_expert(expert)
     steps(trainer, 0, 1)
-    before = [p.detach().clone() for p in trainer.model.parameters()]
+    before = [p.detach().clone() for p in trainer.module.parameters()]
     if what == "loss":
 
         def spoil(module: torch.nn.Module, inputs: Any, output: Any) -> None:
             output.logits = output.logits * torch.nan
 
-        hook = trainer.model.register_forward_hook(spoil)
+        hook = trainer.module.register_forward_hook(spoil)
     else:
         hook = trainer.weights[0].B.register_hook(lambda gradient: gradient * torch.inf)
     ids = trainer.preparation.data.step(1).ids
     with pytest.raises(DivergedError, match=rf"step 2: .*stopped before the update.*{ids[0]}"):
         steps(trainer, 1, 2)
     hook.remove()
-    assert all(torch.equal(p, old) for p, old in zip(trainer.model.parameters(), before, strict=True))
+    assert all(torch.equal(p, old) for p, old in zip(trainer.module.parameters(), before, strict=True))
 
 
 def test_noise_that_drowns_the_model_is_named(run: Start) -> None:

@@ -90,7 +90,6 @@ BAD = {
     "a date": ("training: {epochs: 2001-99-99}", [], r"training\.epochs is '2001-99-99'"),
     "a bad tag": ("training: {epochs: !!int abc}", [], r"is not YAML"),
     "a loop": ("training: &x {epochs: *x}", [], r"is not YAML"),
-    "deepspeed": ("", ["--deepspeed=zero3.json"], r"--deepspeed zero3\.json: this version trains on one process"),
 }  # fmt: skip
 
 

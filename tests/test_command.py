@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shlex
 from pathlib import Path
 
@@ -216,20 +215,6 @@ def test_dry_run_prints_the_plan_and_loads_no_weights(
     assert printed.count("[[") == 4  # the legend and three examples
     assert "float32 accumulators" in printed
     assert not (tmp_path / "out").exists()
-
-
-def test_more_processes_than_this_version_can_use_are_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(os.environ, "WORLD_SIZE", "2")
-    code, error = outcome(capsys, f"--output_dir={tmp_path / 'out'}")
-    assert code == 2
-    assert "the launcher started 2 processes" in error
-    monkeypatch.delitem(os.environ, "WORLD_SIZE")
-    monkeypatch.setitem(os.environ, "ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "8")
-    code, error = outcome(capsys, f"--output_dir={tmp_path / 'out'}")
-    assert code == 2
-    assert "the launcher sets --gradient_accumulation_steps 8" in error
 
 
 def test_the_next_command_is_one_that_works() -> None:

@@ -12,7 +12,10 @@ from lorasc_ds.data import collate
 from lorasc_ds.encoding import EncodedExample, ScoredTokens
 from lorasc_ds.evaluation import batches, evaluate
 from lorasc_ds.objectives import summed_loss
+from lorasc_ds.sharding import Processes
 from lorasc_ds.tasks import Example, Task
+
+ALONE = Processes(0, 1, torch.device("cpu"))
 
 
 def examples(kind: str) -> list[EncodedExample]:
@@ -46,7 +49,7 @@ def test_candidates_are_ranked_by_mean_log_probability(
     made = examples("candidates")
     task = Task("made", "candidates", loss, {"train": [], "dev": [Example("x", "", ("",))]})
     tiny_llama.train()
-    scores = evaluate(tiny_llama, task, {"dev": made}, batch_size=batch_size, pad_id=3)["dev"]
+    scores = evaluate(tiny_llama, task, {"dev": made}, batch_size=batch_size, pad_id=3, processes=ALONE)["dev"]
     assert tiny_llama.training
     log_p = [[alone(tiny_llama, candidate) for candidate in one.candidates] for one in made]
     means = [torch.stack([candidate.mean() for candidate in of_one]) for of_one in log_p]
@@ -73,7 +76,7 @@ def test_a_batch_holds_as_many_inputs_as_asked() -> None:
 def test_perplexity_is_over_all_scored_tokens(tiny_llama: LlamaForCausalLM) -> None:
     made = examples("documents")
     task = Task("made", "documents", "lm", {"train": [], "dev": [Example("x", "", ("",))]})
-    scores = evaluate(tiny_llama, task, {"dev": made}, batch_size=4, pad_id=3)["dev"]
+    scores = evaluate(tiny_llama, task, {"dev": made}, batch_size=4, pad_id=3, processes=ALONE)["dev"]
     expected = -torch.cat([alone(tiny_llama, one.target) for one in made]).mean()
     assert scores["loss"] == pytest.approx(float(expected), rel=1e-5)
     assert scores["perplexity"] == pytest.approx(math.exp(expected), rel=1e-5)
@@ -90,12 +93,12 @@ def test_the_training_loss_is_the_one_that_is_evaluated(tiny_llama: LlamaForCaus
     else:
         batch, count = collate([one.candidates for one in made], gold, pad_id=3), len(made)
     trained = float(summed_loss(tiny_llama.eval(), batch, loss).detach()) / count
-    scores = evaluate(tiny_llama, task, {"dev": made}, batch_size=4, pad_id=3)["dev"]
+    scores = evaluate(tiny_llama, task, {"dev": made}, batch_size=4, pad_id=3, processes=ALONE)["dev"]
     assert trained == pytest.approx(scores["loss"], rel=1e-5)
 
 
 def test_evaluation_draws_no_random_number(tiny_llama: LlamaForCausalLM) -> None:
     task = Task("made", "candidates", "lm", {"train": [], "dev": [Example("x", "", ("",))]})
     before = torch.get_rng_state()
-    evaluate(tiny_llama.train(), task, {"dev": examples("candidates")}, batch_size=4, pad_id=3)
+    evaluate(tiny_llama.train(), task, {"dev": examples("candidates")}, batch_size=4, pad_id=3, processes=ALONE)
     assert torch.equal(torch.get_rng_state(), before)

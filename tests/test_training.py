@@ -143,8 +143,8 @@ def test_the_saved_model_computes_what_the_live_one_does(
     tokenizer = AutoTokenizer.from_pretrained(done.directory / "model")
     assert model.dtype == getattr(torch, dtype)
     inputs = tokenizer("a a d m p b a a =", return_tensors="pt")
-    with evaluation_mode(live[0].model), torch.no_grad():
-        expected = live[0].model(**inputs).logits
+    with evaluation_mode(live[0].module), torch.no_grad():
+        expected = live[0].module(**inputs).logits
         assert torch.equal(model.eval()(**inputs).logits, expected)
     answer = model.generate(**inputs, max_new_tokens=1, do_sample=False)
     assert answer[0, -1] == expected[0, -1].argmax()

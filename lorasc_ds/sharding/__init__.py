@@ -2,45 +2,96 @@
 
 from __future__ import annotations
 
-import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, DynamoBackend
+from torch import nn
 
 from lorasc_ds.errors import ConfigError
-from lorasc_ds.sharding.backend import Backend, Slice
-from lorasc_ds.sharding.plain import PlainBackend
+from lorasc_ds.sharding.backend import Backend, Engine, Slice
+from lorasc_ds.sharding.engines import DeepSpeedEngine, TorchEngine
+from lorasc_ds.sharding.failure import failing_together
+from lorasc_ds.sharding.launch import Launch, detect, start
+from lorasc_ds.sharding.processes import Processes
+from lorasc_ds.sharding.replicated import ReplicatedBackend, ZeroBackend
 
-__all__ = ["Backend", "PlainBackend", "Slice", "backend_for", "refuse_unsupported"]
+__all__ = [
+    "Backend",
+    "Engine",
+    "Launch",
+    "Processes",
+    "Slice",
+    "detect",
+    "failing_together",
+    "prepare_engine",
+    "sharded_loading",
+    "start",
+]
 
 
-def refuse_unsupported(accelerator: Accelerator) -> None:
-    """Stop before anything is loaded where no backend covers what the launcher started.
+@contextmanager
+def sharded_loading(launch: Launch, accelerator: Accelerator, dtype: str) -> Iterator[None]:
+    """Inside, `from_pretrained` under ZeRO-3 cuts every weight up as it is made: no rank holds the whole model.
+
+    Args:
+        dtype: `model.dtype`, in which the weights are kept.
+    """
+    plugin = accelerator.state.deepspeed_plugin
+    if plugin is None or launch.stage != 3:
+        yield
+        return
+    from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
+
+    # The engine's own precision is off, since pairs stay float32; but this is how the weights learn their dtype.
+    settings = plugin.deepspeed_config | {"bf16": {"enabled": dtype == "bfloat16"}}
+    alive = HfDeepSpeedConfig(settings)  # transformers keeps a weak reference
+    try:
+        yield
+    finally:
+        del alive
+        unset_hf_deepspeed_config()
+
+
+def prepare_engine(
+    accelerator: Accelerator,
+    processes: Processes,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    weights: Sequence[nn.Parameter],
+    merge_path: str,
+) -> tuple[Engine, Backend]:
+    """Hand model and optimizer to the engine, once, and find how its weights are reached.
+
+    Args:
+        weights: the frozen weights that boundaries edit.
+        merge_path: `cascade.merge_path`.
 
     Raises:
-        ConfigError: another engine, more than one process, or a setting that a run owns itself.
+        ConfigError: `merge_path` is `local`, and slices do not lie where they are looked for.
     """
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if accelerator.distributed_type != DistributedType.NO or launched != 1:
-        engine = accelerator.distributed_type.value
-        raise ConfigError(
-            f"the launcher started {launched} processes under engine {engine}, and this version trains on one process"
-            " without an engine: leave out --num_processes, --multi_gpu, --use_deepspeed and --use_fsdp"
-        )
-    if accelerator.gradient_accumulation_steps != 1:
-        raise ConfigError(
-            f"the launcher sets --gradient_accumulation_steps {accelerator.gradient_accumulation_steps}:"
-            " leave it out and set training.micro_batch_size"
-        )
-    compiler = accelerator.state.dynamo_plugin
-    if compiler is not None and compiler.backend != DynamoBackend.NO:
-        raise ConfigError(
-            f"the launcher sets --dynamo_backend {compiler.backend.value.lower()}, and this"
-            " version does not compile the model: leave it out, or take it from the accelerate config"
-        )
+    model, prepared = accelerator.prepare(model, optimizer)
+    if accelerator.state.deepspeed_plugin is None:
+        return TorchEngine(model, optimizer, processes), ReplicatedBackend(optimizer, processes)
+    engine = DeepSpeedEngine(model, processes)
+    if engine.name == "zero0":
+        return engine, ReplicatedBackend(prepared.optimizer, processes)
+    if engine.name != "zero3":
+        return engine, ZeroBackend(prepared.optimizer, processes)
+    from lorasc_ds.sharding.zero3 import GatherBackend, LocalBackend, local_edits_work
 
-
-def backend_for(optimizer: torch.optim.Optimizer) -> Backend:
-    """The backend of this run; `refuse_unsupported` has seen that it is the plain one."""
-    return PlainBackend(optimizer)
+    gather, local = GatherBackend(prepared.optimizer, processes), LocalBackend(prepared.optimizer, processes)
+    if merge_path == "gather":
+        gather.merge_path = "gather: one weight at a time, as cascade.merge_path asks"
+        return engine, gather
+    if local_edits_work(local, weights):
+        local.merge_path = "local: each rank edits its own slices, tried on the live model"
+        return engine, local
+    if merge_path == "local":
+        raise ConfigError(
+            "cascade.merge_path is local, but ZeRO-3 slices of this DeepSpeed lie elsewhere than in 0.19: take auto or"
+            " gather"
+        )
+    gather.merge_path = "gather: one weight at a time, since a trial of local edits failed"
+    return engine, gather

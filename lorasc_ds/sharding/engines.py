@@ -1,0 +1,74 @@
+"""Engines that take optimizer steps: torch (one process, data parallel) and DeepSpeed (ZeRO-0 to 3)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from lorasc_ds.sharding.processes import Processes
+
+
+class TorchEngine:
+    """One process, or several that each hold the whole model and average their gradients."""
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, processes: Processes) -> None:
+        self.model = model
+        self.optimizer = optimizer
+        self.processes = processes
+        self.name = "ddp" if isinstance(model, DistributedDataParallel) else "plain"
+
+    def micro_step(self, last: bool) -> AbstractContextManager[None]:
+        return self.model.no_sync() if isinstance(self.model, DistributedDataParallel) and not last else nullcontext()
+
+    def backward(self, loss: Tensor) -> None:
+        (loss * self.processes.world_size).backward()  # data parallel averages
+
+    def update(self, learning_rate: float, max_grad_norm: float | None) -> Tensor:
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        norm = nn.utils.clip_grad_norm_(parameters, max_grad_norm or math.inf)
+        if torch.isfinite(norm):
+            set_learning_rate(self.optimizer, learning_rate)
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        return norm
+
+
+class DeepSpeedEngine:
+    """A DeepSpeed engine whose accumulation boundaries are ours; it clips by its own `gradient_clipping`."""
+
+    def __init__(self, engine: Any, processes: Processes) -> None:
+        self.model = engine
+        self.processes = processes
+        self.name = f"zero{engine.zero_optimization_stage()}"
+
+    @contextmanager
+    def micro_step(self, last: bool) -> Iterator[None]:
+        self.model.set_gradient_accumulation_boundary(last)
+        yield
+
+    def backward(self, loss: Tensor) -> None:
+        # DeepSpeed averages over ranks; the loss is already divided by what it is a mean of.
+        self.model.backward(loss * self.processes.world_size, scale_wrt_gas=False)
+
+    def update(self, learning_rate: float, max_grad_norm: float | None) -> Tensor:
+        set_learning_rate(self.model.optimizer, learning_rate)
+        if self.model.zero_optimization_stage() == 0:
+            gradients = [p.grad for p in self.model.module.parameters() if p.grad is not None]
+            norm = nn.utils.get_total_norm(gradients)
+            if torch.isfinite(norm):
+                self.model.step()
+            return norm
+        self.model.step()  # skips the update where the norm is not finite, and then reports infinity
+        return torch.as_tensor(self.model.get_global_grad_norm())
+
+
+def set_learning_rate(optimizer: Any, learning_rate: float) -> None:
+    """One rate for all groups; ZeRO's wrappers share the groups of the optimizer they were given."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate

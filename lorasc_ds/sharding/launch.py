@@ -1,0 +1,191 @@
+"""What the launcher started: how many processes, under which engine; and the process group that they form."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.utils import DeepSpeedPlugin, DistributedDataParallelKwargs, InitProcessGroupKwargs
+
+from lorasc_ds.errors import ConfigError
+from lorasc_ds.sharding.engine_config import check_engine_config, fill_engine_config, load_engine_config, stage_of
+
+# What `accelerate launch` was asked for, by the variable it sets, and why it cannot be had.
+REFUSED = {
+    "ACCELERATE_USE_FSDP": "--use_fsdp: FSDP is not supported; take --use_deepspeed with ds_configs/zero3.json",
+    "ACCELERATE_USE_MEGATRON_LM": "--use_megatron_lm: Megatron-LM is not supported; take --use_deepspeed",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "--use_parallelism_config: tensor, context and sequence parallel are not"
+    " supported; take data parallel or --use_deepspeed with ds_configs/zero3.json",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """What the launcher started.
+
+    Args:
+        rank, world_size: of this process over all nodes.
+        local_rank: of this process on its node.
+        engine: DeepSpeed settings, checked, with "auto" where the run's configuration owns the number; None
+            without DeepSpeed.
+        source: where the settings come from, as errors name it.
+    """
+
+    rank: int
+    world_size: int
+    local_rank: int
+    engine: dict[str, Any] | None
+    source: str
+
+    @property
+    def stage(self) -> int | None:
+        """The ZeRO stage; None without DeepSpeed."""
+        return None if self.engine is None else stage_of(self.engine)
+
+
+def detect(deepspeed: Path | None, environment: Mapping[str, str] = os.environ) -> Launch:
+    """Read what the launcher says, before a process group or a weight exists.
+
+    Raises:
+        ConfigError: an engine or a setting that no backend covers; or processes without a launcher's numbers.
+    """
+    for variable, reason in REFUSED.items():
+        if environment.get(variable, "false").lower() == "true":
+            raise ConfigError(f"accelerate launch {reason}")
+    accumulation = environment.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+    if accumulation != "1":
+        raise ConfigError(
+            f"accelerate launch --gradient_accumulation_steps {accumulation}: leave it out and set"
+            " training.micro_batch_size"
+        )
+    clipping = environment.get("ACCELERATE_GRADIENT_CLIPPING", "none")
+    if clipping.lower() != "none":
+        raise ConfigError(
+            f"accelerate launch --gradient_clipping {clipping}: leave it out and set training.max_grad_norm"
+        )
+    compiler = environment.get("ACCELERATE_DYNAMO_BACKEND", "no")
+    if compiler.lower() != "no":
+        raise ConfigError(
+            f"accelerate launch --dynamo_backend {compiler.lower()}: this version does not compile the model; leave it"
+            " out, or take it from the accelerate config"
+        )
+    if "WORLD_SIZE" not in environment:
+        for variable in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"):
+            if int(environment.get(variable, "1")) > 1:
+                raise ConfigError(
+                    f"{variable} is {environment[variable]}, but no launcher says which process this is: start one"
+                    " torchrun per node, as launch/slurm/train.sbatch does"
+                )
+    engine, source = engine_settings(deepspeed, environment)
+    if engine is not None:
+        check_engine_config(engine, source)
+        if environment.get("ACCELERATE_USE_CPU", "false").lower() == "true":
+            raise ConfigError(
+                f"{source}: accelerate launch --cpu switches DeepSpeed off; set DS_ACCELERATOR=cpu instead of --cpu"
+            )
+    return Launch(
+        rank=int(environment.get("RANK", "0")),
+        world_size=int(environment.get("WORLD_SIZE", "1")),
+        local_rank=int(environment.get("LOCAL_RANK", "0")),
+        engine=engine,
+        source=source,
+    )
+
+
+def engine_settings(deepspeed: Path | None, environment: Mapping[str, str]) -> tuple[dict[str, Any] | None, str]:
+    """DeepSpeed settings from `--deepspeed`, from the file `accelerate launch` names, or from its flags."""
+    by_accelerate = environment.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+    file = environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
+    if deepspeed is not None:
+        if by_accelerate and file.lower() != "none" and Path(file).resolve() != deepspeed.resolve():
+            raise ConfigError(
+                f"--deepspeed {deepspeed}, but accelerate launch names {file}: give the file in one place"
+            )
+        return load_engine_config(deepspeed), f"--deepspeed {deepspeed}"
+    if not by_accelerate:
+        return None, ""
+    if file.lower() != "none":
+        return load_engine_config(Path(file)), f"accelerate's deepspeed_config_file {file}"
+    settings: dict[str, Any] = {
+        "stage": int(environment.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")),
+        "reduce_bucket_size": 5_000_000,  # DeepSpeed's own default takes gigabytes for a few megabytes of gradients
+        "allgather_bucket_size": 5_000_000,
+    }
+    for what in ("param", "optimizer"):
+        device = environment.get(f"ACCELERATE_DEEPSPEED_OFFLOAD_{what.upper()}_DEVICE", "none")
+        if device.lower() != "none":
+            settings[f"offload_{what}"] = {"device": device}
+    content = {"zero_optimization": settings, "zero_force_ds_cpu_optimizer": False}
+    return content, "the flags of accelerate launch"
+
+
+def start(
+    launch: Launch, *, micro_batch_size: int, accumulation: int, max_grad_norm: float | None, timeout_seconds: int
+) -> Accelerator:
+    """Form the process group and begin Accelerate, with DeepSpeed's settings complete.
+
+    Raises:
+        ConfigError: the group has another size than the launcher says.
+    """
+    on_cpu = not torch.cuda.is_available()
+    # Named, because without a GPU Accelerate would name none and believe each process alone.
+    group = InitProcessGroupKwargs(backend="gloo" if on_cpu else "nccl", timeout=timedelta(seconds=timeout_seconds))
+    # model.dtype owns the precision, whatever the launcher's default
+    if launch.engine is None and launch.world_size == 1:
+        accelerator = Accelerator(mixed_precision="no", cpu=on_cpu)
+    elif launch.engine is None:
+        buckets = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
+        accelerator = Accelerator(mixed_precision="no", cpu=on_cpu, kwargs_handlers=[group, buckets])
+    else:
+        if launch.world_size == 1:
+            form_group_of_one()
+        if on_cpu:
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns in every process
+        quieten_deepspeed()
+        settings = fill_engine_config(
+            launch.engine,
+            micro_batch_size=micro_batch_size,
+            accumulation=accumulation,
+            world_size=launch.world_size,
+            max_grad_norm=max_grad_norm,
+        )
+        plugin = DeepSpeedPlugin(hf_ds_config=settings)
+        accelerator = Accelerator(mixed_precision="no", deepspeed_plugin=plugin, kwargs_handlers=[group])
+    formed = dist.get_world_size() if dist.is_initialized() else 1
+    if not launch.world_size == formed == accelerator.num_processes:
+        raise ConfigError(
+            f"the launcher says {launch.world_size} processes, torch.distributed {formed}, Accelerate"
+            f" {accelerator.num_processes}: start the run by torchrun, accelerate launch or the deepspeed command"
+        )
+    return accelerator
+
+
+def form_group_of_one() -> None:
+    """What a launcher would set for one process: DeepSpeed wants a group even then."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    for name, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_PORT": port}.items():
+        os.environ.setdefault(name, str(value))
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+
+
+def quieten_deepspeed() -> None:
+    """No compilation of a helper that takes minutes on a CPU, no page of its log per engine."""
+    import deepspeed.ops
+    from deepspeed.utils import logger
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    logger.setLevel(logging.WARNING)
+    # DeepSpeed 0.19 calls collectives by names that torch 2.13 has renamed.
+    warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)

@@ -1,0 +1,58 @@
+"""The processes of a run: who this one is, and the few numbers they exchange."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class Processes:
+    """All methods are collective; with one process they do nothing.
+
+    Args:
+        device: where tensors must lie to be exchanged.
+    """
+
+    def __init__(self, rank: int, world_size: int, device: torch.device) -> None:
+        self.rank = rank
+        self.world_size = world_size
+        self.device = device
+
+    @property
+    def main(self) -> bool:
+        """Whether this process writes files and prints."""
+        return self.rank == 0
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum over all processes, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def broadcast(self, numbers: Sequence[float]) -> list[float]:
+        """The main process's numbers, to the last bit."""
+        values = torch.tensor(numbers, dtype=torch.float64, device=self.device)
+        if self.world_size > 1:
+            dist.broadcast(values, src=0)
+        return values.tolist()
+
+    def differing(self, numbers: Tensor) -> list[int]:
+        """The positions at which the processes hold different integers."""
+        if self.world_size == 1:
+            return []
+        extremes = torch.stack([numbers, -numbers]).to(self.device)
+        dist.all_reduce(extremes, dist.ReduceOp.MAX)
+        return (extremes[0] != -extremes[1]).nonzero()[:, 0].tolist()
+
+    def problems(self, problem: str | None) -> list[str]:
+        """What is wrong on any process, with its rank; empty where all is well."""
+        if self.world_size == 1:
+            return [] if problem is None else [problem]
+        if not self.sum(torch.tensor([float(problem is not None)], device=self.device)).any():
+            return []  # the usual case costs one number
+        gathered: list[str | None] = [None] * self.world_size
+        dist.all_gather_object(gathered, problem)
+        return [f"rank {rank}: {found}" for rank, found in enumerate(gathered) if found is not None]

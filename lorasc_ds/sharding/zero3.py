@@ -1,0 +1,137 @@
+"""ZeRO-3: every weight is cut into one flat slice per rank. Two ways to edit it, of the same bits.
+
+`local`: each rank edits its own slice, with no communication. DeepSpeed documents no such access, so
+`local_edits_work` tries it on the live model. `gather`: rank 0 edits the gathered weight, one at a time,
+through documented calls; the reference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from deepspeed.runtime.zero import GatheredParameters
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+from deepspeed.utils import safe_get_full_fp32_param, safe_get_local_fp32_param, safe_set_local_fp32_param
+from torch import Tensor, nn
+
+from lorasc_ds.sharding.backend import Slice
+from lorasc_ds.sharding.processes import Processes
+from lorasc_ds.sharding.replicated import empty_, is_empty
+
+
+class Zero3Backend:
+    """What both ways share. `optimizer` is DeepSpeed's wrapper."""
+
+    merge_path = ""
+
+    def __init__(self, optimizer: Any, processes: Processes) -> None:
+        self.optimizer = optimizer
+        self.processes = processes
+
+    def full(self, tensor: Tensor) -> Tensor:
+        if not hasattr(tensor, "ds_id"):  # a buffer
+            return tensor.detach()
+        with GatheredParameters([tensor]):
+            return tensor.detach().to("cpu", copy=True)
+
+    def read(self, parameter: nn.Parameter) -> Tensor:
+        # The copy that computes is float32 too, and is the master's after every step and every `write`.
+        with GatheredParameters([parameter]):
+            return parameter.detach().clone()
+
+    def empty_optimizer(self) -> None:
+        empty_(self.optimizer.optimizer)
+
+    def optimizer_is_empty(self) -> bool:
+        return is_empty(self.optimizer.optimizer)
+
+    def differing_replicas(self, weights: Sequence[nn.Parameter]) -> list[int]:
+        return []  # every element has one owner
+
+
+class GatherBackend(Zero3Backend):
+    """Rank 0 edits the gathered weight, which is then cut up again; the other ranks edit an empty slice."""
+
+    @contextmanager
+    def edit(self, weight: nn.Parameter) -> Iterator[Slice]:
+        with GatheredParameters([weight], modifier_rank=0):
+            flat = weight.detach().view(-1)
+            yield Slice(flat if self.processes.main else flat[:0], 0)
+
+    def write(self, parameter: nn.Parameter, value: Tensor) -> None:
+        with GatheredParameters([parameter], modifier_rank=0):
+            parameter.detach().copy_(value)
+        self.optimizer.refresh_fp32_params()
+
+    def holds(self, parameter: nn.Parameter, value: Tensor) -> bool:
+        master = safe_get_full_fp32_param(parameter)
+        return all(torch.equal(held, value.to(held.device)) for held in (self.read(parameter), cast(Tensor, master)))
+
+
+class LocalBackend(Zero3Backend):
+    """Each rank edits its own slice: rank i of a weight holds [i·n, (i+1)·n), padded at the end."""
+
+    def settle(self, parameter: nn.Parameter) -> None:
+        """Leave nothing gathered: an edit of the slice alone would not be seen, and be lost."""
+        if cast(Any, parameter).ds_status != ZeroParamStatus.NOT_AVAILABLE:
+            self.optimizer.empty_partition_cache()
+        assert cast(Any, parameter).ds_status == ZeroParamStatus.NOT_AVAILABLE
+
+    def own(self, parameter: nn.Parameter) -> Slice:
+        """The elements of a parameter that this rank keeps, without the padding."""
+        partitioned = cast(Any, parameter)
+        shard: Tensor = partitioned.ds_tensor.data
+        start = min(self.processes.rank * shard.numel(), partitioned.ds_numel)
+        return Slice(shard[: partitioned.ds_numel - start], start)
+
+    @contextmanager
+    def edit(self, weight: nn.Parameter) -> Iterator[Slice]:
+        self.settle(weight)
+        yield self.own(weight)
+        self.publish(weight)
+
+    def publish(self, parameter: nn.Parameter) -> None:
+        """Make an edit visible to the next gather."""
+        cast(Any, parameter).ds_secondary_tensor = None  # a copy within the node (hpZ) would be served for ever
+        if self.processes.device.type == "cuda":
+            torch.cuda.synchronize()  # gathers run on a stream of their own, which does not wait for this one
+
+    def write(self, parameter: nn.Parameter, value: Tensor) -> None:
+        self.settle(parameter)
+        part = self.own(parameter)
+        part.flat.copy_(value.flatten()[part.start : part.start + part.flat.numel()])
+        safe_set_local_fp32_param(parameter, cast(Any, parameter).ds_tensor.data)
+        self.publish(parameter)
+
+    def holds(self, parameter: nn.Parameter, value: Tensor) -> bool:
+        part = self.own(parameter)
+        mine = value.flatten()[part.start : part.start + part.flat.numel()].to(part.flat.device)
+        master = cast(Tensor, safe_get_local_fp32_param(parameter))[: part.flat.numel()]
+        gathered = cast(Any, parameter).ds_status == ZeroParamStatus.AVAILABLE
+        return (
+            torch.equal(part.flat, mine)
+            and torch.equal(master.to(mine.device), mine)
+            and (not gathered or torch.equal(parameter.detach(), value.to(parameter.device)))
+        )
+
+
+def local_edits_work(backend: LocalBackend, weights: Sequence[nn.Parameter]) -> bool:
+    """Whether own slices lie where `LocalBackend` believes: written, gathered, compared, restored.
+
+    One weight of each shape is tried. Collective; all ranks get the same answer.
+    """
+    right = True
+    for weight in {cast(Any, weight).ds_shape: weight for weight in weights}.values():
+        with backend.edit(weight) as part:
+            kept = part.flat.clone()
+            # Below 256, so that bfloat16 holds every number exactly; 251 is prime to all usual sizes.
+            index = torch.arange(part.start, part.start + len(part.flat), device=part.flat.device)
+            part.flat.copy_(index % 251)
+        whole = backend.full(weight)
+        right &= torch.equal(whole.flatten().float(), torch.arange(whole.numel()).float() % 251)
+        with backend.edit(weight) as part:
+            part.flat.copy_(kept)
+    return not backend.processes.problems(None if right else "slices lie elsewhere")

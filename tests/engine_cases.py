@@ -1,0 +1,383 @@
+"""Runs under every engine, looped inside one set of processes per world size; `test_engines.py` judges what they write.
+
+Started as `engine_cases.py FOLDER MODEL` by as many processes as WORLD_SIZE says. Each case is trained for
+three experts of three steps, scored between, and then given pairs to merge; rank 0 writes `FOLDER/CASE.json`.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import reference
+import torch
+import torch.distributed as dist
+from accelerate.state import AcceleratorState, GradientState
+from torch import Tensor
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+from lorasc_ds.algorithm.experts import Pair
+from lorasc_ds.cli import parse_command_line
+from lorasc_ds.errors import DivergedError
+from lorasc_ds.models import load_model
+from lorasc_ds.preparation import prepare
+from lorasc_ds.sharding import Launch, sharded_loading, start
+from lorasc_ds.trainer import Trainer
+
+RECIPE = Path(__file__).parents[1] / "launch" / "recipes" / "quickstart.yaml"
+BATCH, RANK = 12, 5
+LEARNING_RATE = 1e-2
+SETTINGS = {
+    "adapter.rank": RANK,
+    "cascade.slow_retention": 0.6,
+    "cascade.noise_intensity": 1.0,
+    "task.train_examples": 33,  # three steps an epoch, the last of nine examples
+    "task.dev_examples": 8,
+    "task.test_examples": 10,
+    "training.epochs": 3,
+    "training.batch_size": BATCH,
+    "training.learning_rate": LEARNING_RATE,
+    "training.max_grad_norm": "null",
+}
+WHOLE = {"stage3_param_persistence_threshold": 0}  # nothing is small enough to be kept whole
+BUCKETS = {"reduce_bucket_size": 100_000, "allgather_bucket_size": 100_000}
+CPU = {"device": "cpu", "pin_memory": False}
+
+
+@dataclass(frozen=True)
+class Case:
+    """`zero` is DeepSpeed's zero_optimization section, or None for torch alone."""
+
+    name: str
+    world_size: int
+    zero: dict[str, Any] | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def dtype(self) -> str:
+        return self.settings.get("model.dtype", "float32")
+
+
+def cases() -> Iterator[Case]:
+    gather, bf16 = {"cascade.merge_path": "gather"}, {"model.dtype": "bfloat16"}
+    zero3 = {"stage": 3, **WHOLE}
+    offload = {"offload_param": CPU, "offload_optimizer": CPU}
+    for dtype, settings in (("float32", {}), ("bfloat16", bf16)):
+        yield Case(f"ddp-{dtype}", 2, None, settings)
+        yield Case(f"zero0-{dtype}", 2, {"stage": 0}, settings)
+        yield Case(f"zero1-{dtype}", 2, {"stage": 1}, settings)
+        yield Case(f"zero2-{dtype}", 2, {"stage": 2}, settings)
+        yield Case(f"zero3-{dtype}", 2, zero3, settings)
+        yield Case(f"zero3-gather-{dtype}", 2, zero3, settings | gather)
+        yield Case(f"zero3-offload-{dtype}", 2, zero3 | offload, settings)
+    yield Case("zero3-offload-gather", 2, zero3 | offload, gather)
+    yield Case("zero3-offload-param", 2, zero3 | {"offload_param": CPU})
+    yield Case("zero2-offload", 2, {"stage": 2, "offload_optimizer": CPU})
+    yield Case("zero3-persisted", 2, {"stage": 3})
+    yield Case("zero3-persisted-gather", 2, {"stage": 3}, gather)
+    yield Case("zero3-sub-groups", 2, zero3 | {"sub_group_size": 100})
+    yield Case("zero3-no-reuse", 2, zero3 | {"stage3_max_reuse_distance": 0, "stage3_max_live_parameters": 0})
+    for name, zero in (("ddp", None), ("zero1", {"stage": 1}), ("zero2", {"stage": 2}), ("zero3", zero3)):
+        yield Case(f"{name}-accumulated", 2, zero, {"training.micro_batch_size": 3})
+        yield Case(f"{name}-clipped", 2, zero, {"training.max_grad_norm": 0.05})
+        yield Case(f"{name}-every-step", 2, zero, {"cascade.experts": 9})
+        yield Case(f"{name}-three", 3, zero)
+    yield Case("zero2-offload-accumulated", 2, {"stage": 2, "offload_optimizer": CPU}, {"training.micro_batch_size": 3})
+    yield Case("zero3-recomputed", 2, zero3, {"training.gradient_checkpointing": "true"})
+    yield Case("ddp-recomputed", 2, None, {"training.gradient_checkpointing": "true"})
+    yield Case("host-accumulator", 2, zero3, bf16 | {"cascade.accumulator": "host"})
+    yield Case("zero3-three-bfloat16", 3, zero3, bf16)
+    yield Case("zero3-three-gather", 3, zero3, gather)
+    yield Case("zero3-three-offload", 3, zero3 | offload)
+    yield Case("zero3-three-persisted", 3, {"stage": 3})
+    yield Case("zero2-three-bfloat16", 3, {"stage": 2}, bf16)
+    yield Case("zero1-four", 4, {"stage": 1})
+    yield Case("zero3-four", 4, zero3)
+    yield Case("zero3-four-hpz", 4, zero3 | {"zero_hpz_partition_size": 2})
+    yield Case("zero3-four-hpz-gather", 4, zero3 | {"zero_hpz_partition_size": 2}, gather)
+    yield Case("zero3-four-hpz-bfloat16", 4, zero3 | {"zero_hpz_partition_size": 2}, bf16)
+
+
+def make_trainer(case: Case, model: Path, folder: Path, rank: int) -> Trainer:
+    """The run of a case, as `train.run` begins it."""
+    settings = SETTINGS | {"model.name_or_path": model} | case.settings
+    invocation = parse_command_line([f"--{key}={value}" for key, value in settings.items()], RECIPE)
+    assert not isinstance(invocation, str)
+    config = invocation.config
+    engine = None
+    if case.zero is not None:
+        engine = {"zero_optimization": BUCKETS | case.zero, "zero_force_ds_cpu_optimizer": False}
+    launch = Launch(rank, case.world_size, rank, engine, "the test")
+    preparation = prepare(config, rank, case.world_size)
+    accelerator = start(
+        launch,
+        micro_batch_size=preparation.data.micro_batch_size,
+        accumulation=preparation.accumulation,
+        max_grad_norm=config.training.max_grad_norm,
+        timeout_seconds=60,
+    )
+    with sharded_loading(launch, accelerator, config.model.dtype):
+        module = load_model(config.model)
+    return Trainer(preparation, module, accelerator, folder)
+
+
+def given_pair(expert: int, position: int, shape: tuple[int, int]) -> Pair:
+    """Some pair, the same on every engine."""
+    generator = torch.Generator().manual_seed(1000 * expert + position)
+    return Pair(
+        torch.randn(RANK, shape[1], generator=generator) * 0.1, torch.randn(shape[0], RANK, generator=generator) * 0.02
+    )
+
+
+def trained(trainer: Trainer) -> dict[str, Any]:
+    """Train as `train.train` does, with a virtual close and an evaluation before every boundary."""
+    losses, digests, scores, reports = [], [], [], []
+    for expert in trainer.preparation.plan:
+        trainer.cascade.open_expert(expert)
+        digests.append(trainer.weights_sha256())
+        for step in range(expert.start, expert.stop):
+            report = trainer.training_step(step, trainer.preparation.learning_rate(expert, step))
+            losses.append(report.loss)
+        with trainer.cascade.as_if_closed():
+            scores.append(trainer.evaluate()["dev"])
+            virtual = trainer.weights_sha256()
+        closing = trainer.cascade.close_expert(expert)
+        digests.append(trainer.weights_sha256())
+        assert digests[-1] == virtual
+        scores.append(trainer.evaluate()["dev"])
+        reports.append([closing.norm, closing.lost, closing.drift, closing.averaging_change])
+    return {"losses": losses, "digests": digests, "scores": scores, "reports": reports, "base": trainer.base_sha256}
+
+
+def merged_from_given_pairs(trainer: Trainer) -> list[str]:
+    """Digests after each boundary of experts whose pairs are written, not trained."""
+    digests = []
+    for expert in trainer.preparation.plan:
+        trainer.cascade.open_expert(expert)
+        digests.append(trainer.weights_sha256())
+        for position, one in enumerate(trainer.weights):
+            trainer.cascade.write_pair(one, given_pair(expert.index, position, one.shape))
+        trainer.cascade.close_expert(expert)
+        digests.append(trainer.weights_sha256())
+    trainer.cascade.ledger.experts.clear()
+    return digests
+
+
+def whole(parameter: Any) -> Tensor:
+    """What computes, gathered by DeepSpeed's documented call."""
+    if not hasattr(parameter, "ds_id"):
+        return parameter.detach().clone()
+    from deepspeed.runtime.zero import GatheredParameters
+
+    with GatheredParameters([parameter]):
+        return parameter.detach().clone()
+
+
+def master(trainer: Trainer, parameter: Any) -> Tensor:
+    """The float32 master by DeepSpeed's documented call; torch's optimizers have the parameter itself."""
+    if trainer.engine.name in ("plain", "ddp", "zero0"):
+        return parameter.detach()
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    return safe_get_full_fp32_param(parameter)
+
+
+def gradient(trainer: Trainer, parameter: Any) -> Tensor:
+    if trainer.engine.name in ("plain", "ddp", "zero0"):
+        return parameter.grad.clone()
+    from deepspeed.utils import safe_get_full_grad
+
+    return safe_get_full_grad(parameter).clone()
+
+
+def first_step_after_a_boundary(trainer: Trainer) -> dict[str, float]:
+    """How far the restarted engine is from a fresh pair, and its first step from Adam's first, relative to the rate."""
+    plan = trainer.preparation.plan
+    trainer.cascade.ledger.experts.clear()
+    trainer.cascade.open_expert(plan.expert(1))
+    trainer.training_step(0, LEARNING_RATE)
+    trainer.training_step(1, LEARNING_RATE)
+    trainer.cascade.close_expert(plan.expert(1))
+    trainer.cascade.open_expert(plan.expert(2))
+    fresh, zero = 0.0, 0.0
+    for position, one in enumerate(trainer.weights):
+        A = torch.from_numpy(reference.fresh_A(RANK, one.shape[1], position, 2, 0))
+        for held in (whole(one.A), master(trainer, one.A)):
+            fresh = max(fresh, float((held.cpu() - A).abs().max()))
+        for held in (whole(one.B), master(trainer, one.B)):
+            zero = max(zero, float(held.abs().max()))
+    gradients: list[Tensor] = []
+    update = trainer.engine.update
+
+    def keep_gradients(learning_rate: float, max_grad_norm: float | None) -> Tensor:
+        gradients.extend(gradient(trainer, one.B) for one in trainer.weights)
+        return update(learning_rate, max_grad_norm)
+
+    trainer.engine.update = keep_gradients
+    trainer.training_step(2, LEARNING_RATE)
+    trainer.engine.update = update
+    rate = trainer.engine.optimizer.param_groups[0]["lr"] if trainer.engine.name in ("plain", "ddp") else None
+    rate = rate or trainer.engine.model.optimizer.param_groups[0]["lr"]
+    off, moved = 0.0, 0.0
+    for one, g in zip(trainer.weights, gradients, strict=True):
+        expected = -rate * g / (g.abs() + 1e-8)
+        for held in (whole(one.B), master(trainer, one.B)):
+            off = max(off, float((held - expected).abs().max()) / rate)
+        moved = max(moved, float(expected.abs().max()) / rate)
+    return {"A_off": fresh, "B_off": zero, "step_off": off, "moved": moved, "rate": rate}
+
+
+def planted_fault(trainer: Trainer) -> str:
+    """What is said where only the copy that computes is set, and the master is forgotten."""
+    plan = trainer.preparation.plan
+    write = trainer.backend.write
+
+    def copy_only(parameter: Any, value: Tensor) -> None:
+        if not hasattr(parameter, "ds_id"):
+            parameter.detach().copy_(value)
+            return
+        from deepspeed.runtime.zero import GatheredParameters
+
+        with GatheredParameters([parameter], modifier_rank=0):
+            parameter.detach().copy_(value)
+
+    trainer.training_step(0, LEARNING_RATE)
+    trainer.backend.write = copy_only
+    try:
+        trainer.cascade.open_expert(plan.expert(1))
+    except DivergedError as error:
+        return str(error)
+    finally:
+        trainer.backend.write = write
+    return ""
+
+
+def collectives_of(work: Callable[[], None]) -> int:
+    """How many collectives DeepSpeed issues inside."""
+    import deepspeed.comm.comm as comm
+
+    names = [n for n in ("all_gather_into_tensor", "allgather_fn", "broadcast", "all_reduce", "reduce_scatter_tensor")]
+    count = 0
+    kept = {name: getattr(comm, name) for name in names}
+
+    def counting(call: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            nonlocal count
+            count += 1
+            return call(*args, **kwargs)
+
+        return counted
+
+    backend = comm.cdb
+    own = {name: getattr(type(backend), name) for name in ("all_gather_into_tensor", "broadcast", "all_reduce")}
+    for name, call in own.items():
+        setattr(type(backend), name, counting(call))
+    try:
+        work()
+    finally:
+        for name, call in own.items():
+            setattr(type(backend), name, call)
+        for name, call in kept.items():
+            setattr(comm, name, call)
+    return count
+
+
+def edit_all(trainer: Trainer) -> Callable[[], None]:
+    def edit() -> None:
+        for one in trainer.weights:
+            with trainer.backend.edit(one.weight) as part:
+                part.flat.add_(0)
+
+    return edit
+
+
+def live_bytes() -> int:
+    gc.collect()
+    tensors = [one for one in gc.get_objects() if issubclass(type(one), Tensor)]
+    return sum(tensor.untyped_storage().nbytes() for tensor in tensors if tensor.device.type == "cpu")
+
+
+def hooks(trainer: Trainer) -> int:
+    return sum(
+        len(getattr(module, name))
+        for module in trainer.module.modules()
+        for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    )
+
+
+def growth(trainer: Trainer) -> dict[str, list[int]]:
+    """Live bytes and module hooks after each of twenty boundaries."""
+    expert = trainer.preparation.plan.expert(1)
+    sizes, counts = [], []
+    for _ in range(20):
+        trainer.cascade.ledger.experts.clear()
+        trainer.cascade.open_expert(expert)
+        trainer.training_step(0, LEARNING_RATE)
+        trainer.cascade.close_expert(expert)
+        sizes.append(live_bytes())
+        counts.append(hooks(trainer))
+    return {"bytes": sizes, "hooks": counts}
+
+
+@contextmanager
+def clean_state() -> Iterator[None]:
+    """Many engines live one after the other in one set of processes."""
+    try:
+        yield
+    finally:
+        AcceleratorState._reset_state(True)
+        GradientState._reset_state()
+        unset_hf_deepspeed_config()
+        for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
+            del os.environ[name]
+        gc.collect()
+
+
+def run_case(case: Case, model: Path, folder: Path, rank: int) -> dict[str, Any]:
+    trainer = make_trainer(case, model, folder, rank)
+    found: dict[str, Any] = {"engine": trainer.engine.name, "merge_path": trainer.backend.merge_path}
+    found["given"] = merged_from_given_pairs(trainer)
+    found |= trained(trainer)
+    found["first_step"] = first_step_after_a_boundary(trainer)
+    if case.zero is not None and case.zero["stage"] > 0:
+        found["planted_fault"] = planted_fault(trainer)
+    if case.zero is not None:
+        found["collectives"] = collectives_of(edit_all(trainer))
+    return found
+
+
+def main(folder: Path, model: Path) -> None:
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    for case in cases():
+        if case.world_size != world_size:
+            continue
+        began = time.perf_counter()
+        directory = folder / case.name
+        directory.mkdir(exist_ok=True)
+        with clean_state():
+            try:
+                found = run_case(case, model, directory, rank)
+            except Exception:
+                found = {"error": traceback.format_exc()}
+        if rank == 0:
+            found["seconds"] = time.perf_counter() - began
+            (folder / f"{case.name}.json").write_text(json.dumps(found))
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

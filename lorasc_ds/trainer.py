@@ -77,7 +77,7 @@ class Trainer:
         self.processes = Processes(data.rank, data.world_size, accelerator.device)
         self.weights = attach_adapters(config, module)
         if config.training.gradient_checkpointing:
-            module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            module.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
         optimizer = torch.optim.AdamW(
             pair_parameters(self.weights), lr=config.training.learning_rate, weight_decay=config.training.weight_decay
         )

@@ -1,7 +1,7 @@
 """Runs under every engine, looped inside one set of processes per world size; `test_engines.py` judges what they write.
 
-Started as `engine_cases.py FOLDER MODEL` by as many processes as WORLD_SIZE says. Each case is trained for
-three experts of three steps, scored between, and then given pairs to merge; rank 0 writes `FOLDER/CASE.json`.
+Started as `engine_cases.py FOLDER MODEL WIDE_MODEL` by as many processes as WORLD_SIZE says. Each case is given
+pairs to merge, then trained for three experts of three steps and scored between; rank 0 writes `FOLDER/CASE.json`.
 """
 
 from __future__ import annotations
@@ -12,21 +12,26 @@ import os
 import sys
 import time
 import traceback
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import reference
 import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState, GradientState
+from conftest import base_weights
+from deepspeed.utils import groups
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from lorasc_ds.algorithm.experts import Pair
+from lorasc_ds.algorithm.ledger import Ledger, digest
 from lorasc_ds.cli import parse_command_line
 from lorasc_ds.errors import DivergedError
 from lorasc_ds.models import load_model
@@ -42,8 +47,8 @@ SETTINGS = {
     "cascade.slow_retention": 0.6,
     "cascade.noise_intensity": 1.0,
     "task.train_examples": 33,  # three steps an epoch, the last of nine examples
-    "task.dev_examples": 8,
-    "task.test_examples": 10,
+    "task.dev_examples": 6,
+    "task.test_examples": 2,
     "training.epochs": 3,
     "training.batch_size": BATCH,
     "training.learning_rate": LEARNING_RATE,
@@ -56,16 +61,13 @@ CPU = {"device": "cpu", "pin_memory": False}
 
 @dataclass(frozen=True)
 class Case:
-    """`zero` is DeepSpeed's zero_optimization section, or None for torch alone."""
+    """`zero` is DeepSpeed's zero_optimization section, or None for torch alone; `measure` is what else is looked at."""
 
     name: str
     world_size: int
     zero: dict[str, Any] | None = None
     settings: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def dtype(self) -> str:
-        return self.settings.get("model.dtype", "float32")
+    measure: str = "equality"
 
 
 def cases() -> Iterator[Case]:
@@ -101,6 +103,15 @@ def cases() -> Iterator[Case]:
     yield Case("zero3-three-offload", 3, zero3 | offload)
     yield Case("zero3-three-persisted", 3, {"stage": 3})
     yield Case("zero2-three-bfloat16", 3, {"stage": 2}, bf16)
+    for path in ({}, gather):
+        name = f"zero3-{'gather' if path else 'local'}"
+        yield Case(f"memory-{name}", 2, zero3, path, "memory")
+        yield Case(f"growth-{name}", 2, zero3, path, "growth")
+    yield Case("memory-zero1", 2, {"stage": 1}, {}, "memory")
+    yield Case("growth-zero1", 2, {"stage": 1}, {}, "growth")
+    yield Case("growth-ddp", 2, None, {}, "growth")
+    for stage in range(4):
+        yield Case(f"zero{stage}-alone", 1, {"stage": stage})
     yield Case("zero1-four", 4, {"stage": 1})
     yield Case("zero3-four", 4, zero3)
     yield Case("zero3-four-hpz", 4, zero3 | {"zero_hpz_partition_size": 2})
@@ -148,13 +159,16 @@ def trained(trainer: Trainer) -> dict[str, Any]:
         for step in range(expert.start, expert.stop):
             report = trainer.training_step(step, trainer.preparation.learning_rate(expert, step))
             losses.append(report.loss)
+        few = trainer.preparation.plan.experts == 3  # an evaluation costs more than a step
         with trainer.cascade.as_if_closed():
-            scores.append(trainer.evaluate()["dev"])
+            if few:
+                scores.append(trainer.evaluate()["dev"])
             virtual = trainer.weights_sha256()
         closing = trainer.cascade.close_expert(expert)
         digests.append(trainer.weights_sha256())
         assert digests[-1] == virtual
-        scores.append(trainer.evaluate()["dev"])
+        if few:
+            scores.append(trainer.evaluate()["dev"])
         reports.append([closing.norm, closing.lost, closing.drift, closing.averaging_change])
     return {"losses": losses, "digests": digests, "scores": scores, "reports": reports, "base": trainer.base_sha256}
 
@@ -264,11 +278,12 @@ def planted_fault(trainer: Trainer) -> str:
 
 def collectives_of(work: Callable[[], None]) -> int:
     """How many collectives DeepSpeed issues inside."""
-    import deepspeed.comm.comm as comm
+    from deepspeed.comm import comm
 
-    names = [n for n in ("all_gather_into_tensor", "allgather_fn", "broadcast", "all_reduce", "reduce_scatter_tensor")]
     count = 0
-    kept = {name: getattr(comm, name) for name in names}
+    kind = type(comm.cdb)
+    names = ("all_gather_into_tensor", "broadcast", "all_reduce")
+    calls = {name: getattr(kind, name) for name in names}
 
     def counting(call: Callable[..., Any]) -> Callable[..., Any]:
         def counted(*args: Any, **kwargs: Any) -> Any:
@@ -278,17 +293,13 @@ def collectives_of(work: Callable[[], None]) -> int:
 
         return counted
 
-    backend = comm.cdb
-    own = {name: getattr(type(backend), name) for name in ("all_gather_into_tensor", "broadcast", "all_reduce")}
-    for name, call in own.items():
-        setattr(type(backend), name, counting(call))
+    for name, call in calls.items():
+        setattr(kind, name, counting(call))
     try:
         work()
     finally:
-        for name, call in own.items():
-            setattr(type(backend), name, call)
-        for name, call in kept.items():
-            setattr(comm, name, call)
+        for name, call in calls.items():
+            setattr(kind, name, call)
     return count
 
 
@@ -316,9 +327,9 @@ def hooks(trainer: Trainer) -> int:
 
 
 def growth(trainer: Trainer) -> dict[str, list[int]]:
-    """Live bytes and module hooks after each of twenty boundaries."""
+    """Live bytes and module hooks after each of twenty boundaries, and whether ZeRO-3 kept its fetch trace."""
     expert = trainer.preparation.plan.expert(1)
-    sizes, counts = [], []
+    sizes, counts, traces = [], [], []
     for _ in range(20):
         trainer.cascade.ledger.experts.clear()
         trainer.cascade.open_expert(expert)
@@ -326,7 +337,47 @@ def growth(trainer: Trainer) -> dict[str, list[int]]:
         trainer.cascade.close_expert(expert)
         sizes.append(live_bytes())
         counts.append(hooks(trainer))
-    return {"bytes": sizes, "hooks": counts}
+        if trainer.engine.name == "zero3":
+            traces.append(trainer.backend.optimizer.parameter_offload.get_param_coordinator().is_complete_trace())
+    return {"bytes": sizes, "hooks": counts, "traces": traces}
+
+
+class PeakBytes(TorchDispatchMode):
+    """The most bytes that tensors made inside held at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live: dict[int, int] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        outputs = func(*args, **(kwargs or {}))
+        known = {one.untyped_storage()._cdata for one in tree_leaves((args, kwargs)) if isinstance(one, Tensor)}
+        for one in tree_leaves(outputs):
+            if isinstance(one, Tensor):
+                storage = one.untyped_storage()
+                if storage._cdata not in self.live and storage._cdata not in known:
+                    self.live[storage._cdata] = storage.nbytes()
+                    weakref.finalize(storage, self.live.pop, storage._cdata, None)
+        self.peak = max(self.peak, sum(self.live.values()))
+        return outputs
+
+
+def boundary_peak(trainer: Trainer) -> dict[str, int]:
+    """Bytes above steady state during a boundary, without its probes, which are forward passes; and one weight's."""
+    plan = trainer.preparation.plan
+    trainer.cascade.ledger.experts.clear()
+    trainer.cascade.open_expert(plan.expert(1))
+    trainer.training_step(0, LEARNING_RATE)
+    logits = trainer.cascade.probe()
+    trainer.cascade.probe = lambda: logits
+    if hasattr(trainer.backend, "settle"):
+        trainer.backend.settle(trainer.weights[0].weight)
+    with PeakBytes() as boundary:
+        trainer.cascade.close_expert(plan.expert(1))
+        trainer.cascade.open_expert(plan.expert(2))
+    one = trainer.weights[0]
+    return {"peak": boundary.peak, "weight": one.shape[0] * one.shape[1] * one.weight.element_size()}
 
 
 @contextmanager
@@ -338,25 +389,39 @@ def clean_state() -> Iterator[None]:
         AcceleratorState._reset_state(True)
         GradientState._reset_state()
         unset_hf_deepspeed_config()
+        groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None  # hpZ's
         for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
             del os.environ[name]
         gc.collect()
 
 
+def replayed(trainer: Trainer, model: Path) -> str:
+    """Digest of the ledger replayed on one process from the pretrained weights."""
+    ledger = Ledger.load(trainer.cascade.ledger.directory)
+    base = base_weights(model, list(ledger.weights), getattr(torch, ledger.base.dtype))
+    return digest(weight for _, weight in ledger.replay(base.__getitem__))
+
+
 def run_case(case: Case, model: Path, folder: Path, rank: int) -> dict[str, Any]:
     trainer = make_trainer(case, model, folder, rank)
     found: dict[str, Any] = {"engine": trainer.engine.name, "merge_path": trainer.backend.merge_path}
+    if case.measure == "memory":
+        return found | boundary_peak(trainer)
+    if case.measure == "growth":
+        return found | growth(trainer)
     found["given"] = merged_from_given_pairs(trainer)
     found |= trained(trainer)
+    if rank == 0:
+        found["replayed"] = replayed(trainer, model)
     found["first_step"] = first_step_after_a_boundary(trainer)
-    if case.zero is not None and case.zero["stage"] > 0:
-        found["planted_fault"] = planted_fault(trainer)
     if case.zero is not None:
         found["collectives"] = collectives_of(edit_all(trainer))
+        if case.zero["stage"] > 0:
+            found["planted_fault"] = planted_fault(trainer)
     return found
 
 
-def main(folder: Path, model: Path) -> None:
+def main(folder: Path, model: Path, wide_model: Path) -> None:
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -368,7 +433,7 @@ def main(folder: Path, model: Path) -> None:
         directory.mkdir(exist_ok=True)
         with clean_state():
             try:
-                found = run_case(case, model, directory, rank)
+                found = run_case(case, wide_model if case.measure == "memory" else model, directory, rank)
             except Exception:
                 found = {"error": traceback.format_exc()}
         if rank == 0:
@@ -380,4 +445,4 @@ def main(folder: Path, model: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main(*map(Path, sys.argv[1:]))

@@ -272,9 +272,9 @@ def test_a_full_content_is_taken() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{\n  "a": 1,\n  "b": 2,\n}', r"x\.json:4 is not JSON: "),
-        ('{\n  // why\n  "a": 1}', r"x\.json:2 is not JSON: .*no comments"),
-        ("", r"x\.json:1 is not JSON"),
+        ('{\n  "a": 1,\n  "b": 2,\n}', r"x\.json, line 4 is not JSON: "),
+        ('{\n  // why\n  "a": 1}', r"x\.json, line 2 is not JSON: .*no comments"),
+        ("", r"x\.json, line 1 is not JSON"),
         ('{"bf16": {}, "fp16": {}, "bf16": {}}', r"bf16 stands twice in one section; remove one"),
         ('{"zero_optimization": {"stage": 2, "stage": 3}}', r"stage stands twice"),
         ('{"zero_optimization": {"reduce_bucket_size": NaN}}', r"it is not JSON: NaN is not a number that JSON knows"),
@@ -286,19 +286,19 @@ def test_a_file_that_is_not_json(text: str, message: str, tmp_path: Path) -> Non
     path = tmp_path / "x.json"
     path.write_text(text)
     with pytest.raises(ConfigError, match=message) as raised:
-        load_engine_config(path)
+        load_engine_config(path, f"--deepspeed {path}")
     assert str(raised.value).startswith(f"--deepspeed {path}")
     assert len(str(raised.value).splitlines()) == 1
 
 
 def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"No such file or directory; give the path of a DeepSpeed JSON"):
-        load_engine_config(tmp_path / "absent.json")
+        load_engine_config(tmp_path / "absent.json", f"--deepspeed {tmp_path / 'absent.json'}")
     with pytest.raises(ConfigError, match=r"Is a directory"):
-        load_engine_config(tmp_path)
+        load_engine_config(tmp_path, "--deepspeed ")
     (tmp_path / "latin.json").write_bytes(b'{"a": "\xe9"}')
     with pytest.raises(ConfigError, match=r"it is not JSON: 'utf-8' codec"):
-        load_engine_config(tmp_path / "latin.json")
+        load_engine_config(tmp_path / "latin.json", "--deepspeed latin.json")
 
 
 def test_filling_leaves_nothing_open_and_the_content_as_it_was() -> None:
@@ -353,7 +353,7 @@ def test_the_shipped_files_are_all_there() -> None:
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_a_shipped_file_passes_and_deepspeed_parses_it(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    content = load_engine_config(path)
+    content = load_engine_config(path, f"--deepspeed {path}")
     check_engine_config(content, str(path))
     assert {key: content[key] for key in (*OWNED, "bf16")} == dict.fromkeys(OWNED, "auto") | {"bf16": {"enabled": "auto"}}  # fmt: skip
     monkeypatch.setattr(deepspeed_config.dist, "get_world_size", lambda: 8)
@@ -391,7 +391,7 @@ def test_every_json_has_an_accelerate_configuration_that_accelerate_takes(
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("ACCELERATE_CONFIG_DS_FIELDS", ",".join([*content["deepspeed_config"], *content]))
     monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", named)
-    assert DeepSpeedPlugin().zero_stage == stage_of(load_engine_config(path))
+    assert DeepSpeedPlugin().zero_stage == stage_of(load_engine_config(path, "the file"))
 
 
 def test_accelerate_launch_starts_two_processes_with_the_json(tmp_path: Path) -> None:

@@ -97,8 +97,11 @@ EARLIEST_STAGE = {"offload_optimizer": 1, "offload_param": 3, "zero_hpz_partitio
 PROBLEM = re.compile(r"^(?P<key>\S+)\n +(?P<need>.+) \[type=\w+, input_value=(?P<value>.+), input_type=\w+\]$", re.M)
 
 
-def load_engine_config(path: Path) -> dict[str, Any]:
+def load_engine_config(path: Path, source: str) -> dict[str, Any]:
     """The content of a DeepSpeed JSON; strict JSON, since Accelerate and DeepSpeed do not read the same extensions.
+
+    Args:
+        source: how errors call it, like `--deepspeed ds_configs/zero3.json`.
 
     Raises:
         ConfigError: the file cannot be read, is not JSON, or holds a key twice.
@@ -108,7 +111,7 @@ def load_engine_config(path: Path) -> dict[str, Any]:
         keys = [key for key, _ in pairs]
         for key in keys:
             if keys.count(key) > 1:
-                raise problem(f"--deepspeed {path}", f"{key} stands twice in one section; remove one")
+                raise problem(source, f"{key} stands twice in one section; remove one")
         return dict(pairs)
 
     def no_constant(word: str) -> Any:
@@ -118,15 +121,15 @@ def load_engine_config(path: Path) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8")
         content = json.loads(text, object_pairs_hook=without_duplicates, parse_constant=no_constant)
     except OSError as error:
-        raise ConfigError(f"--deepspeed {path}: {error.strerror}; give the path of a DeepSpeed JSON") from error
+        raise ConfigError(f"{source}: {error.strerror}; give the path of a DeepSpeed JSON") from error
     except json.JSONDecodeError as error:
         raise ConfigError(
-            f"--deepspeed {path}:{error.lineno} is not JSON: {error.msg}; no comments, no comma before a bracket"
+            f"{source}, line {error.lineno} is not JSON: {error.msg}; no comments, no comma before a bracket"
         ) from error
     except (ValueError, RecursionError) as error:
-        raise problem(f"--deepspeed {path}", f"it is not JSON: {error}") from error
+        raise problem(source, f"it is not JSON: {error}") from error
     if not isinstance(content, dict):
-        raise ConfigError(f'--deepspeed {path} holds {shown(content)}; sections like "zero_optimization" are needed')
+        raise ConfigError(f'{source} holds {shown(content)}; sections like "zero_optimization" are needed')
     return content
 
 

@@ -65,6 +65,8 @@ def failing_together(rank: int, world_size: int, on_failure: Callable[[str, int]
         others_saw_it(store, world_size)
         if isinstance(error, RunError):
             error.args = (message,)
+        else:
+            error.add_note(f"on rank {rank} of {world_size}")
         raise
     finally:
         left.set()

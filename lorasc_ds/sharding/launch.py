@@ -111,11 +111,13 @@ def engine_settings(deepspeed: Path | None, environment: Mapping[str, str]) -> t
             raise ConfigError(
                 f"--deepspeed {deepspeed}, but accelerate launch names {file}: give the file in one place"
             )
-        return load_engine_config(deepspeed), f"--deepspeed {deepspeed}"
+        source = f"--deepspeed {deepspeed}"
+        return load_engine_config(deepspeed, source), source
     if not by_accelerate:
         return None, ""
     if file.lower() != "none":
-        return load_engine_config(Path(file)), f"accelerate's deepspeed_config_file {file}"
+        source = f"accelerate's deepspeed_config_file {file}"
+        return load_engine_config(Path(file), source), source
     settings: dict[str, Any] = {
         "stage": int(environment.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")),
         "reduce_bucket_size": 5_000_000,  # DeepSpeed's own default takes gigabytes for a few megabytes of gradients

@@ -26,6 +26,11 @@ class Processes:
         """Whether this process writes files and prints."""
         return self.rank == 0
 
+    def wait(self) -> None:
+        """Until all processes are here."""
+        if self.world_size > 1:
+            dist.barrier()
+
     def sum(self, values: Tensor) -> Tensor:
         """The sum over all processes, in place."""
         if self.world_size > 1:

@@ -31,6 +31,12 @@ class Zero3Backend:
         self.optimizer = optimizer
         self.processes = processes
 
+    def settle(self, parameter: nn.Parameter) -> None:
+        """Leave nothing gathered, as a forward pass does: an edit of a slice alone would not be seen, and be lost."""
+        if cast(Any, parameter).ds_status != ZeroParamStatus.NOT_AVAILABLE:
+            self.optimizer.empty_partition_cache()
+        assert cast(Any, parameter).ds_status == ZeroParamStatus.NOT_AVAILABLE
+
     def full(self, tensor: Tensor) -> Tensor:
         if not hasattr(tensor, "ds_id"):  # a buffer
             return tensor.detach()
@@ -57,6 +63,7 @@ class GatherBackend(Zero3Backend):
 
     @contextmanager
     def edit(self, weight: nn.Parameter) -> Iterator[Slice]:
+        self.settle(weight)
         with GatheredParameters([weight], modifier_rank=0):
             flat = weight.detach().view(-1)
             yield Slice(flat if self.processes.main else flat[:0], 0)
@@ -73,12 +80,6 @@ class GatherBackend(Zero3Backend):
 
 class LocalBackend(Zero3Backend):
     """Each rank edits its own slice: rank i of a weight holds [i·n, (i+1)·n), padded at the end."""
-
-    def settle(self, parameter: nn.Parameter) -> None:
-        """Leave nothing gathered: an edit of the slice alone would not be seen, and be lost."""
-        if cast(Any, parameter).ds_status != ZeroParamStatus.NOT_AVAILABLE:
-            self.optimizer.empty_partition_cache()
-        assert cast(Any, parameter).ds_status == ZeroParamStatus.NOT_AVAILABLE
 
     def own(self, parameter: nn.Parameter) -> Slice:
         """The elements of a parameter that this rank keeps, without the padding."""

@@ -1,0 +1,49 @@
+"""The command with a fault planted in one process: `faulty_run.py PLACE RANK ARGUMENTS...`."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any, NoReturn
+
+from lorasc_ds.algorithm import merge
+from lorasc_ds.algorithm.ledger import Ledger
+from lorasc_ds.errors import DivergedError
+from lorasc_ds.train import main
+from lorasc_ds.trainer import Trainer
+
+RECIPE = Path(__file__).parents[1] / "launch" / "recipes" / "quickstart.yaml"
+
+
+def fail(*_: Any, **__: Any) -> NoReturn:
+    raise RuntimeError("a planted fault")
+
+
+def diverge(*_: Any, **__: Any) -> NoReturn:
+    raise DivergedError("a planted divergence")
+
+
+def fill_the_disk(*_: Any, **__: Any) -> NoReturn:
+    raise OSError(28, "No space left on device")
+
+
+def hang(*_: Any, **__: Any) -> NoReturn:
+    while True:
+        time.sleep(1)
+
+
+FAULTS = {
+    "boundary": (merge, "merge_", fail),
+    "divergence": (merge, "merge_", diverge),
+    "hang": (merge, "merge_", hang),
+    "ledger": (Ledger, "append", fill_the_disk),
+    "save": (Trainer, "backbone", fail),
+}
+
+if __name__ == "__main__":
+    place, rank = sys.argv[1], sys.argv[2]
+    if os.environ["RANK"] == rank:
+        setattr(*FAULTS[place])
+    sys.exit(main(sys.argv[3:], RECIPE))

@@ -1,0 +1,139 @@
+"""Runs of several processes as users start them, and as they end where one of the processes fails."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT
+from test_engines import free_port
+
+SMALL = [
+    "--training.epochs=2",
+    "--task.train_examples=12",
+    "--task.dev_examples=8",
+    "--task.test_examples=10",
+    "--training.max_grad_norm=null",
+    "--tracking.tensorboard=false",
+]
+BIN = Path(sys.executable).parent
+ENVIRONMENT = os.environ | {
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",
+    "DS_ACCELERATOR": "cpu",
+    "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
+}
+PORT = f"--main_process_port={free_port()}"
+LAUNCHERS = {
+    "torchrun": ["torchrun", "--standalone", "--nproc_per_node=2", "launch/train.py"],
+    "torchrun-zero3": ["torchrun", "--standalone", "--nproc_per_node=2", "launch/train.py", "--deepspeed=ds_configs/zero3.json"],
+    "accelerate-config_file": ["accelerate", "launch", "--config_file=ds_configs/accelerate/zero2.yaml", "--num_processes=2", PORT, "launch/train.py"],
+    "accelerate-use_deepspeed": ["accelerate", "launch", "--use_deepspeed", "--zero_stage=3", "--num_processes=2", PORT, "launch/train.py"],
+    "deepspeed": ["deepspeed", "--num_accelerators=2", "--master_port", str(free_port()), "launch/train.py", "--deepspeed", "ds_configs/zero1.json"],
+    "python-zero3_offload": ["python", "launch/train.py", "--deepspeed=ds_configs/zero3_offload.json", "--training.micro_batch_size=2"],
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[dict[str, Any], str]]:
+    """Summary and printed text of the same short run under every launcher."""
+    found = {}
+    for name, command in LAUNCHERS.items():
+        directory = tmp_path_factory.mktemp("launched") / name
+        result = subprocess.run(
+            [*command, f"--output_dir={directory}", *SMALL],
+            cwd=ROOT,
+            env=ENVIRONMENT,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+        assert result.returncode == 0, result.stderr[-3000:]
+        found[name] = json.loads((directory / "summary.json").read_text()), result.stdout
+    return found
+
+
+def test_every_launcher_starts_the_same_run(launched: dict[str, tuple[dict[str, Any], str]]) -> None:
+    engines = {name: (summary["engine"], summary["world_size"]) for name, (summary, _) in launched.items()}
+    assert engines == {
+        "torchrun": ("ddp", 2),
+        "torchrun-zero3": ("zero3", 2),
+        "accelerate-config_file": ("zero2", 2),
+        "accelerate-use_deepspeed": ("zero3", 2),
+        "deepspeed": ("zero1", 2),
+        "python-zero3_offload": ("zero3", 1),
+    }
+    digests = {name: summary["weights_sha256"] for name, (summary, _) in launched.items()}
+    assert digests["torchrun"] == digests["accelerate-config_file"] == digests["deepspeed"]
+    assert digests["torchrun-zero3"] == digests["accelerate-use_deepspeed"]
+    losses = [summary["eval"]["dev"]["loss"] for summary, _ in launched.values()]
+    assert losses == pytest.approx([losses[0]] * len(losses), rel=1e-4)
+
+
+def test_the_output_is_that_of_one_process(launched: dict[str, tuple[dict[str, Any], str]]) -> None:
+    """Printed once, with what was derived from the number of processes, the engine and the merge path."""
+    for name, (summary, printed) in launched.items():
+        lines = printed.splitlines()
+        processes = "1 process x 2" if summary["world_size"] == 1 else "2 processes x 1"
+        assert lines.count(f"batch     4 = 2 micro x {processes} accumulation") == 1, name
+        assert sum(line.startswith("expert 1/2 ") for line in lines) == 1
+        (engine,) = [line for line in lines if line.startswith("engine ")]
+        assert engine.startswith(f"engine    {summary['engine']}, merges local: ")
+
+
+@pytest.mark.parametrize(
+    ("place", "rank", "engine", "code", "message"),
+    [
+        ("boundary", 1, "ds_configs/zero3.json", 1, "rank 1: RuntimeError: a planted fault"),
+        ("divergence", 1, None, 3, "rank 1: a planted divergence"),
+        ("ledger", 0, "ds_configs/zero2.json", 1, "rank 0: OSError: [Errno 28] No space left on device"),
+        ("save", 1, None, 1, "rank 1: RuntimeError: a planted fault"),
+        ("hang", 1, None, 1, "rank 0: "),
+    ],
+)  # fmt: skip
+def test_one_process_that_fails_ends_all_with_one_message(
+    place: str, rank: int, engine: str | None, code: int, message: str, tmp_path: Path
+) -> None:
+    """Without a launcher that would end the others; in a boundary, before a file, in a save, and where one hangs."""
+    arguments = [f"--output_dir={tmp_path / 'run'}", *SMALL, "--training.ddp_timeout=10"]
+    arguments += [] if engine is None else [f"--deepspeed={engine}"]
+    common = ENVIRONMENT | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    began = time.monotonic()
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "tests/faulty_run.py", place, str(rank), *arguments],
+            cwd=ROOT,
+            env=common | {"RANK": str(number), "LOCAL_RANK": str(number)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for number in range(2)
+    ]
+    try:
+        outputs = [process.communicate(timeout=90) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [code, code], outputs
+    assert time.monotonic() - began < 60
+    errors = [error for _, error in outputs]
+    messages = [line for error in errors for line in error.splitlines() if re.match(r"error: |\w*Error: ", line)]
+    assert len(messages) == 1, errors
+    speaker = int(message.split()[1].rstrip(":"))
+    assert messages[0] in errors[speaker]
+    if code == 1:
+        assert f"on rank {speaker} of 2" in errors[speaker]
+    else:
+        assert messages == [f"error: {message}"]
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert (status["state"], status["exit_code"]) == ("failed", code)
+    assert message in status["message"] or (speaker == 0 and message.removeprefix("rank 0: ") in status["message"])

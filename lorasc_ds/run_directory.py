@@ -41,7 +41,8 @@ def finished_summary(directory: Path, config: Config, resume: str) -> dict[str, 
     """
     remedy = "choose another --output_dir or remove it"
     try:
-        present = sorted(path.name for path in directory.iterdir()) if directory.exists() else []
+        # STOP may have come before the run: a job script turns a signal into it
+        present = sorted(path.name for path in directory.iterdir() if path.name != "STOP") if directory.exists() else []
     except OSError as error:
         raise ConfigError(f"--output_dir {directory}: {error.strerror}; {remedy}") from error
     if not present:

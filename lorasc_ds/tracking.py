@@ -17,7 +17,7 @@ from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
 from lorasc_ds import run_directory
-from lorasc_ds.errors import PeerError, RunError
+from lorasc_ds.errors import RunError
 from lorasc_ds.tasks import Scores
 
 PLAIN_LINE_SECONDS = 30.0  # between two lines of the loss where there is no terminal
@@ -88,8 +88,7 @@ class Tracker:
     ) -> None:
         if error is not None:
             code = error.exit_code if isinstance(error, RunError) else 1
-            kind = "" if isinstance(error, PeerError) else f"{type(error).__name__}: "
-            self.failed(" ".join(f"{kind}{error}".split()), code)
+            self.failed(" ".join(f"{type(error).__name__}: {error}".split()), code)
         self.bar.close()
         self.metrics.close()
         if self.writer is not None:

@@ -25,8 +25,9 @@ from lorasc_ds.cli import Invocation, parse_command_line, to_yaml
 from lorasc_ds.config import Config
 from lorasc_ds.dry_run import report
 from lorasc_ds.errors import PeerError, RunError, StoppedError
+from lorasc_ds.memory import gpu_bytes
 from lorasc_ds.preparation import Preparation, prepare
-from lorasc_ds.sharding import detect, failing_together, sharded_loading, start
+from lorasc_ds.sharding import Launch, detect, failing_together, sharded_loading, speaking_once_per_node, start
 from lorasc_ds.tasks import Scores
 from lorasc_ds.tracking import Tracker, results_table
 from lorasc_ds.trainer import Trainer, peak_memory
@@ -64,6 +65,7 @@ def train(
     selection.restore()
     shipped_sha256 = trainer.weights_sha256()
     trainer.save(directory / "model", shipped_sha256)
+    trainer.processes.wait()  # the run is done when all are
     config, plan = preparation.config, preparation.plan
     return {
         "strategy": config.cascade.strategy,
@@ -114,29 +116,49 @@ def deterministic() -> None:
     setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # noqa: B010 (torch declares no such name)
 
 
+def check(invocation: Invocation) -> tuple[Launch, Preparation] | None:
+    """All that can be known before processes meet and weights are loaded; None where nothing is left to do."""
+    config, directory = invocation.config, invocation.output_dir
+    summary = run_directory.finished_summary(directory, config, invocation.resume)
+    launch = detect(invocation.deepspeed)
+    main = launch.rank == 0
+    if summary is not None:
+        if main:
+            print(f"{directory} is finished; its summary:\n{json.dumps(summary, indent=2)}")
+        if not invocation.dry_run:
+            return None
+    rank, processes = (launch.rank, launch.world_size) if invocation.gpus is None else (0, invocation.gpus)
+    preparation = prepare(config, rank, processes)
+    if main:
+        print("\n".join((f"recipe    {invocation.recipe}", *preparation.derived_numbers())), flush=True)
+    if not invocation.dry_run:
+        return launch, preparation
+    if main:
+        print(report(preparation, gpu_bytes(invocation.gpu_memory)))
+    return None
+
+
 def run(invocation: Invocation) -> None:
     """Carry out what the command line asks for.
 
     Raises:
         RunError: with the exit code of DESIGN's contract.
     """
-    config, directory = invocation.config, invocation.output_dir
-    summary = run_directory.finished_summary(directory, config, invocation.resume)
-    if summary is not None:
-        print(f"{directory} is finished; its summary:\n{json.dumps(summary, indent=2)}")
-        if not invocation.dry_run:
-            return
     deterministic()
     if not sys.stderr.isatty():
         disable_progress_bar()
-    launch = detect(invocation.deepspeed)
-    preparation = prepare(config, launch.rank, launch.world_size)
-    if launch.rank == 0:
-        print("\n".join((f"recipe    {invocation.recipe}", *preparation.derived_numbers())), flush=True)
-    if invocation.dry_run:
-        if launch.rank == 0:
-            print(report(preparation))
+    with speaking_once_per_node():
+        checked = check(invocation)
+    if checked is None:
         return
+    launch, preparation = checked
+    config, directory, main = invocation.config, invocation.output_dir, launch.rank == 0
+    tracker: Tracker | None = None
+
+    def record_failure(message: str, exit_code: int) -> None:
+        if tracker is not None:
+            tracker.failed(message, exit_code)
+
     accelerator = start(
         launch,
         micro_batch_size=preparation.data.micro_batch_size,
@@ -144,13 +166,12 @@ def run(invocation: Invocation) -> None:
         max_grad_norm=config.training.max_grad_norm,
         timeout_seconds=config.training.ddp_timeout,
     )
-    with sharded_loading(launch, accelerator, config.model.dtype):
-        model = models.load_model(config.model)
-    main = launch.rank == 0
-    if main:
-        run_directory.begin(directory, config)
-    with (
-        Tracker(
+    with failing_together(launch.rank, launch.world_size, record_failure):
+        with sharded_loading(launch, accelerator, config.model.dtype):
+            model = models.load_model(config.model)
+        if main:
+            run_directory.begin(directory, config)
+        with Tracker(
             directory,
             task=preparation.task.name,
             headline="perplexity" if preparation.task.kind == "documents" else "accuracy",
@@ -160,14 +181,12 @@ def run(invocation: Invocation) -> None:
             log_steps=config.tracking.log_steps,
             tensorboard=config.tracking.tensorboard,
             main=main,
-        ) as tracker,
-        failing_together(launch.rank, launch.world_size, tracker.failed),
-    ):
-        tracker.configuration(to_yaml(config), run_directory.flatten(config.model_dump(mode="json")))
-        summary = train(preparation, model, accelerator, directory, tracker)
-        if main:
-            run_directory.write_json(directory / "summary.json", summary)
-        tracker.status("done", "finished", exit_code=0)
+        ) as tracker:
+            tracker.configuration(to_yaml(config), run_directory.flatten(config.model_dump(mode="json")))
+            summary = train(preparation, model, accelerator, directory, tracker)
+            if main:
+                run_directory.write_json(directory / "summary.json", summary)
+            tracker.status("done", "finished", exit_code=0)
     if main:
         print(results_table(summary["eval_before"], summary["eval"]))
         print(next_commands(directory, config))

@@ -1,6 +1,6 @@
 """Runs under every engine, looped inside one set of processes per world size; `test_engines.py` judges what they write.
 
-Started as `engine_cases.py FOLDER MODEL WIDE_MODEL` by as many processes as WORLD_SIZE says. Each case is given
+Started as `engine_cases.py GROUP FOLDER MODEL WIDE_MODEL` by as many processes as WORLD_SIZE says. Each case is given
 pairs to merge, then trained for three experts of three steps and scored between; rank 0 writes `FOLDER/CASE.json`.
 """
 
@@ -9,7 +9,9 @@ from __future__ import annotations
 import gc
 import json
 import os
+import re
 import sys
+import threading
 import time
 import traceback
 import weakref
@@ -22,12 +24,14 @@ from typing import Any
 import reference
 import torch
 import torch.distributed as dist
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from conftest import base_weights
 from deepspeed.utils import groups
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers import PreTrainedModel
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from lorasc_ds.algorithm.experts import Pair
@@ -35,7 +39,7 @@ from lorasc_ds.algorithm.ledger import Ledger, digest
 from lorasc_ds.cli import parse_command_line
 from lorasc_ds.errors import DivergedError
 from lorasc_ds.models import load_model
-from lorasc_ds.preparation import prepare
+from lorasc_ds.preparation import Preparation, prepare
 from lorasc_ds.sharding import Launch, sharded_loading, start
 from lorasc_ds.trainer import Trainer
 
@@ -103,6 +107,7 @@ def cases() -> Iterator[Case]:
     yield Case("zero3-three-offload", 3, zero3 | offload)
     yield Case("zero3-three-persisted", 3, {"stage": 3})
     yield Case("zero2-three-bfloat16", 3, {"stage": 2}, bf16)
+    yield Case("loading-zero3", 2, zero3, {}, "loading")
     for path in ({}, gather):
         name = f"zero3-{'gather' if path else 'local'}"
         yield Case(f"memory-{name}", 2, zero3, path, "memory")
@@ -119,8 +124,30 @@ def cases() -> Iterator[Case]:
     yield Case("zero3-four-hpz-bfloat16", 4, zero3 | {"zero_hpz_partition_size": 2}, bf16)
 
 
-def make_trainer(case: Case, model: Path, folder: Path, rank: int) -> Trainer:
-    """The run of a case, as `train.run` begins it."""
+class PeakResident:
+    """The most anonymous memory this process held inside, above what it held before; files mapped are not counted."""
+
+    def __enter__(self) -> PeakResident:
+        self.before, self.peak, self.left = self.held(), 0, threading.Event()
+        self.watcher = threading.Thread(target=self.watch)
+        self.watcher.start()
+        return self
+
+    def watch(self) -> None:
+        while not self.left.wait(0.002):
+            self.peak = max(self.peak, self.held() - self.before)
+
+    def held(self) -> int:
+        (line,) = re.findall(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())
+        return int(line) * 1024
+
+    def __exit__(self, *_: object) -> None:
+        self.left.set()
+        self.watcher.join()
+
+
+def load(case: Case, model: Path, rank: int) -> tuple[Preparation, Accelerator, PreTrainedModel, int]:
+    """What `train.run` has before it makes the trainer; and the most memory that loading the weights took."""
     settings = SETTINGS | {"model.name_or_path": model} | case.settings
     invocation = parse_command_line([f"--{key}={value}" for key, value in settings.items()], RECIPE)
     assert not isinstance(invocation, str)
@@ -137,8 +164,14 @@ def make_trainer(case: Case, model: Path, folder: Path, rank: int) -> Trainer:
         max_grad_norm=config.training.max_grad_norm,
         timeout_seconds=60,
     )
-    with sharded_loading(launch, accelerator, config.model.dtype):
+    with PeakResident() as loading, sharded_loading(launch, accelerator, config.model.dtype):
         module = load_model(config.model)
+    return preparation, accelerator, module, loading.peak
+
+
+def make_trainer(case: Case, model: Path, folder: Path, rank: int) -> Trainer:
+    """The run of a case, as `train.run` begins it."""
+    preparation, accelerator, module, _ = load(case, model, rank)
     return Trainer(preparation, module, accelerator, folder)
 
 
@@ -403,6 +436,10 @@ def replayed(trainer: Trainer, model: Path) -> str:
 
 
 def run_case(case: Case, model: Path, folder: Path, rank: int) -> dict[str, Any]:
+    if case.measure == "loading":
+        *_, module, peak = load(case, model, rank)
+        size = sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in module.parameters())
+        return {"peak": peak, "model": size}
     trainer = make_trainer(case, model, folder, rank)
     found: dict[str, Any] = {"engine": trainer.engine.name, "merge_path": trainer.backend.merge_path}
     if case.measure == "memory":
@@ -421,19 +458,19 @@ def run_case(case: Case, model: Path, folder: Path, rank: int) -> dict[str, Any]
     return found
 
 
-def main(folder: Path, model: Path, wide_model: Path) -> None:
+def main(group: str, folder: Path, model: Path, wide_model: Path) -> None:
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True, warn_only=True)
     for case in cases():
-        if case.world_size != world_size:
+        if case.world_size != world_size or (case.measure == "loading") != group.startswith("loading"):
             continue
         began = time.perf_counter()
         directory = folder / case.name
         directory.mkdir(exist_ok=True)
         with clean_state():
             try:
-                found = run_case(case, wide_model if case.measure == "memory" else model, directory, rank)
+                found = run_case(case, wide_model if case.measure in ("memory", "loading") else model, directory, rank)
             except Exception:
                 found = {"error": traceback.format_exc()}
         if rank == 0:
@@ -445,4 +482,4 @@ def main(folder: Path, model: Path, wide_model: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(*map(Path, sys.argv[1:]))
+    main(sys.argv[1], *map(Path, sys.argv[2:]))

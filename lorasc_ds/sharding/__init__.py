@@ -12,7 +12,7 @@ from torch import nn
 from lorasc_ds.errors import ConfigError
 from lorasc_ds.sharding.backend import Backend, Engine, Slice
 from lorasc_ds.sharding.engines import DeepSpeedEngine, TorchEngine
-from lorasc_ds.sharding.failure import failing_together
+from lorasc_ds.sharding.failure import failing_together, speaking_once_per_node
 from lorasc_ds.sharding.launch import Launch, detect, start
 from lorasc_ds.sharding.processes import Processes
 from lorasc_ds.sharding.replicated import ReplicatedBackend, ZeroBackend
@@ -27,6 +27,7 @@ __all__ = [
     "failing_together",
     "prepare_engine",
     "sharded_loading",
+    "speaking_once_per_node",
     "start",
 ]
 

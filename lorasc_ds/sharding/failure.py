@@ -25,7 +25,7 @@ def failing_together(rank: int, world_size: int, on_failure: Callable[[str, int]
     others, told by a thread that watches the store, raise `PeerError` or, if they are stuck, end.
 
     Args:
-        on_failure: called with message and exit code in a stuck process, before it ends.
+        on_failure: called with message and exit code in the processes that did not fail first, before they end.
 
     Raises:
         RunError: this process failed first.
@@ -61,6 +61,7 @@ def failing_together(rank: int, world_size: int, on_failure: Callable[[str, int]
         except (RuntimeError, ValueError):
             raise PeerError(f"{message} (and the process that keeps the store is gone)", code, told=False) from error
         if first != [message, code]:
+            on_failure(*first)
             raise PeerError(*first, told=True) from error
         others_saw_it(store, world_size)
         if isinstance(error, RunError):
@@ -71,6 +72,21 @@ def failing_together(rank: int, world_size: int, on_failure: Callable[[str, int]
     finally:
         left.set()
         watcher.join()
+
+
+@contextmanager
+def speaking_once_per_node() -> Iterator[None]:
+    """Inside, before there is a group, all processes meet the same errors: the first of each node raises them.
+
+    Raises:
+        PeerError: in the others.
+    """
+    try:
+        yield
+    except RunError as error:
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            raise PeerError(str(error), error.exit_code, told=True) from error
+        raise
 
 
 def describe(error: BaseException) -> str:

@@ -119,6 +119,12 @@ class LocalBackend(Zero3Backend):
         )
 
 
+def marks(like: Tensor, start: int) -> Tensor:
+    """The positions from `start` on, modulo 251: exact in bfloat16, and prime to all usual sizes."""
+    cycle = torch.arange(251, dtype=like.dtype, device=like.device)
+    return cycle.repeat(len(like) // 251 + 2)[start % 251 :][: len(like)]
+
+
 def local_edits_work(backend: LocalBackend, weights: Sequence[nn.Parameter]) -> bool:
     """Whether own slices lie where `LocalBackend` believes: written, gathered, compared, restored.
 
@@ -128,11 +134,9 @@ def local_edits_work(backend: LocalBackend, weights: Sequence[nn.Parameter]) -> 
     for weight in {cast(Any, weight).ds_shape: weight for weight in weights}.values():
         with backend.edit(weight) as part:
             kept = part.flat.clone()
-            # Below 256, so that bfloat16 holds every number exactly; 251 is prime to all usual sizes.
-            index = torch.arange(part.start, part.start + len(part.flat), device=part.flat.device)
-            part.flat.copy_(index % 251)
-        whole = backend.full(weight)
-        right &= torch.equal(whole.flatten().float(), torch.arange(whole.numel()).float() % 251)
+            part.flat.copy_(marks(part.flat, part.start))
+        whole = backend.full(weight).flatten()
+        right &= torch.equal(whole, marks(whole, 0))
         with backend.edit(weight) as part:
             part.flat.copy_(kept)
     return not backend.processes.problems(None if right else "slices lie elsewhere")

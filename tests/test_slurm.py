@@ -1,0 +1,162 @@
+"""launch/slurm/train.sbatch on a real Slurm cluster of two nodes, which `slurm_cluster` runs on this machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+from slurm_cluster import NODES, PATH, Cluster, missing_programs
+
+SCRIPT = "launch/slurm/train.sbatch"
+BIN = Path(sys.executable).parent
+
+# Instead of launch/train.py: writes down how it was started; then waits for STOP, unless --now or started again.
+STAND_IN = """
+import json, os, signal, sys, time
+from pathlib import Path
+
+directory = Path(sys.argv[sys.argv.index("--output_dir") + 1])
+rank = os.environ["RANK"]
+
+def write(name, content):
+    (directory / f"{rank}.new").write_text(json.dumps(content))
+    (directory / f"{rank}.new").rename(directory / name)
+
+def end(state, code):
+    if rank == "0":
+        write("status.json", {"state": state})
+    sys.exit(code)
+
+if "--fail" in sys.argv:
+    sys.exit(2)
+signal.signal(signal.SIGTERM, lambda *_: end("preempted", 75))
+directory.mkdir(parents=True, exist_ok=True)
+write(f"rank{rank}.json", {"arguments": sys.argv[1:], "environment": dict(os.environ)})
+if "--now" in sys.argv or os.environ.get("SLURM_RESTART_COUNT", "0") != "0":
+    end("done", 0)
+while not (directory / "STOP").exists():
+    time.sleep(0.05)
+end("preempted", 75)
+"""
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """Skips where Slurm is not installed, unless LORASC_REQUIRE_SLURM=1 says that it has to be."""
+    if missing := missing_programs():
+        reason = f"not installed, so no Slurm cluster can run: {', '.join(missing)} (.ci/install-slurm installs them)"
+        if os.environ.get("LORASC_REQUIRE_SLURM") == "1":
+            pytest.fail(f"LORASC_REQUIRE_SLURM is 1, but {reason}")
+        pytest.skip(reason)
+    with Cluster(tmp_path_factory.mktemp("slurm")) as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A repository root with the script, the stand-in, and a virtual environment `venv` that tells its activation."""
+    (tmp_path / SCRIPT).parent.mkdir(parents=True)
+    shutil.copy(ROOT / SCRIPT, tmp_path / SCRIPT)
+    (tmp_path / "launch" / "train.py").write_text(STAND_IN)
+    (tmp_path / "venv" / "bin").mkdir(parents=True)
+    (tmp_path / "venv" / "bin" / "activate").write_text(f'export PATH="{BIN}:$PATH" ACTIVATED=yes\n')
+    return tmp_path
+
+
+def submit(cluster: Cluster, checkout: Path, *arguments: str) -> str:
+    """The id of the job. Options of sbatch come before `SCRIPT`, those of train.py after it."""
+    return cluster.run("sbatch", "--parsable", *arguments, cwd=checkout, VENV="venv")
+
+
+def test_two_nodes_train_the_quickstart(cluster: Cluster, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    job = cluster.run(
+        "sbatch", "--parsable", "--nodes=2", f"--output={log}", SCRIPT, "--output_dir", str(tmp_path / "run"),
+        "--training.epochs", "2", "--tracking.tensorboard", "false",
+        "--task.train_examples", "12", "--task.dev_examples", "8", "--task.test_examples", "10",
+        cwd=ROOT, PATH=f"{BIN}:{PATH}", OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1",
+    )  # fmt: skip
+    ended = cluster.finish(job, seconds=110)
+    assert (ended["JobState"], ended["ExitCode"]) == ("COMPLETED", "0:0"), log.read_text()
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["world_size"] == 2
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "done"
+
+
+def test_every_gpu_of_every_node_gets_a_process_that_knows_its_place(cluster: Cluster, checkout: Path) -> None:
+    job = submit(
+        cluster,
+        checkout,
+        "--nodes=2",
+        "--gpus-per-node=2",
+        SCRIPT,
+        "--now",
+        "--output_dir=a run",
+        "--text",
+        "two words",
+    )
+    assert cluster.finish(job)["JobState"] == "COMPLETED", (checkout / f"slurm-{job}.out").read_text()
+    starts = [json.loads((checkout / "a run" / f"rank{rank}.json").read_text()) for rank in range(4)]
+    environments = [start["environment"] for start in starts]
+    assert [environment["SLURMD_NODENAME"] for environment in environments] == [NODES[0]] * 2 + [NODES[1]] * 2
+    assert [environment["LOCAL_RANK"] for environment in environments] == ["0", "1"] * 2
+    for start, environment in zip(starts, environments, strict=True):
+        assert start["arguments"] == ["--now", "--text", "two words", "--output_dir", "a run"]
+        assert (environment["WORLD_SIZE"], environment["MASTER_ADDR"]) == ("4", NODES[0])
+        assert environment["ACTIVATED"] == "yes"
+        assert environment["MASTER_PORT"] == environments[0]["MASTER_PORT"]
+
+
+def test_array_tasks_are_seeds_each_requeued_by_itself_and_not_after_scancel(cluster: Cluster, checkout: Path) -> None:
+    job = submit(cluster, checkout, "--array=3-4", SCRIPT, "--output_dir", "runs")
+    for seed in ("3", "4"):
+        cluster.wait(f"start of seed {seed}", (checkout / "runs" / f"seed-{seed}" / "rank0.json").exists, seconds=60)
+        start = json.loads((checkout / "runs" / f"seed-{seed}" / "rank0.json").read_text())
+        assert start["arguments"] == ["--training.seed", seed, "--output_dir", f"runs/seed-{seed}"]
+        assert start["environment"]["WORLD_SIZE"] == "1"
+
+    # The job id of the last task is also that of the array: requeued by it, the other task would start again too.
+    assert cluster.job(f"{job}_4")["JobId"] == job
+    cluster.run("scancel", "--batch", "--signal=USR1", f"{job}_4")
+    ended = cluster.finish(f"{job}_4")
+    assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1")
+    log = (checkout / f"slurm-{job}_4.out").read_text()
+    assert log.index("restart 0 (SLURM_RESTART_COUNT)") < log.index("asked the run to stop")
+    assert log.index("status.json says preempted") < log.index("restart 1 (SLURM_RESTART_COUNT)")
+    assert json.loads((checkout / "runs" / "seed-4" / "status.json").read_text()) == {"state": "done"}
+    assert not (checkout / "runs" / "seed-4" / "STOP").exists()
+
+    other = cluster.job(f"{job}_3")
+    assert (other["JobState"], other["Restarts"]) == ("RUNNING", "0")
+    cluster.run("scancel", f"{job}_3")
+    ended = cluster.finish(f"{job}_3")
+    assert (ended["JobState"], ended["Restarts"]) == ("CANCELLED", "0")
+
+
+def test_a_failure_is_the_jobs_and_an_older_status_does_not_requeue_it(cluster: Cluster, checkout: Path) -> None:
+    status = checkout / "run" / "status.json"
+    status.parent.mkdir()
+    status.write_text('{"state": "preempted"}')
+    ended = cluster.finish(submit(cluster, checkout, SCRIPT, "--fail", "--output_dir", "run"))
+    assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("FAILED", "1:0", "0")  # torchrun's code is 1
+
+
+@pytest.mark.parametrize("arguments", [["--config", "recipe.yaml"], ["--output_dir"], ["--output_dir="]])
+def test_without_an_output_dir_it_says_so(arguments: list[str]) -> None:
+    result = subprocess.run(["bash", ROOT / SCRIPT, *arguments], capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: --output_dir is missing")
+    assert result.stderr.count("\n") == 1
+
+
+def test_outside_the_repository_root_it_says_so(tmp_path: Path) -> None:
+    command = ["bash", ROOT / SCRIPT, "--output_dir", "run"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == f"error: there is no launch/train.py in {tmp_path}: call sbatch in the repository root\n"

@@ -64,8 +64,10 @@ def select_modules(model: nn.Module, target_modules: Sequence[str]) -> dict[str,
     for target in target_modules:
         found = {path: module for path, module in modules.items() if matches(path, target)}
         if not found:
+            fused = sorted(name for name in available if re.search("qkv|query_key_value", name))
+            hint = f"; {fused[0]} holds q, k and v in one: name it to adapt all three" if fused else ""
             raise ConfigError(
-                f"adapter.target_modules: {target} matches no module; the linear layers of this model are: {names}"
+                f"adapter.target_modules: {target} matches no module; the linear layers of this model are: {names}{hint}"
             )
         missing = [] if names_a_layer(target) else layers_without(found, modules)
         if missing:

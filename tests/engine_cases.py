@@ -98,6 +98,7 @@ def cases() -> Iterator[Case]:
         yield Case(f"{name}-clipped", 2, zero, {"training.max_grad_norm": 0.05})
         yield Case(f"{name}-every-step", 2, zero, {"cascade.experts": 9})
         yield Case(f"{name}-three", 3, zero)
+    yield Case("zero3-offload-every-step", 2, zero3 | offload, {"cascade.experts": 9})
     yield Case("zero2-offload-accumulated", 2, {"stage": 2, "offload_optimizer": CPU}, {"training.micro_batch_size": 3})
     yield Case("zero3-recomputed", 2, zero3, {"training.gradient_checkpointing": "true"})
     yield Case("ddp-recomputed", 2, None, {"training.gradient_checkpointing": "true"})

@@ -104,6 +104,14 @@ def test_a_target_that_matches_nothing_ends_the_run_with_what_exists(tiny_llama:
         attached(tiny_llama, "q_proj", "query")
 
 
+def test_fused_projections_are_named() -> None:
+    """q and v alone cannot be adapted where one matrix holds them; all of it can."""
+    model = MODELS["gpt-neox"]()
+    with pytest.raises(ConfigError, match=r"q_proj matches no module; .*query_key_value holds q, k and v in one"):
+        attached(model)
+    assert [one.shape for one in attached(model, "query_key_value")] == [(96, 32)] * 2
+
+
 def test_a_target_in_some_layers_only_ends_the_run(tiny_llama: LlamaForCausalLM) -> None:
     layer = tiny_llama.model.layers[1].self_attn
     layer.renamed = layer.q_proj

@@ -188,3 +188,19 @@ def test_micro_batches_split_the_global_batch_in_order() -> None:
     assert whole.normaliser == split.normaliser == sum(1 + int(id) % 2 for id in whole.ids)
     targets = torch.cat([micro.batch.token_target for micro in split.micro_batches])
     assert torch.equal(targets, whole.micro_batches[0].batch.token_target)
+
+
+def test_processes_take_the_same_micro_batches_in_turn() -> None:
+    """As many each, at the end of an epoch too; what fills up there does not count."""
+    for step in range(3):
+        alone = training_data(10, micro_batch_size=1).step(step)
+        shared = [training_data(10, micro_batch_size=1, rank=rank, world_size=3).step(step) for rank in range(3)]
+        assert {part.ids for part in shared} == {alone.ids}
+        assert {part.normaliser for part in shared} == {alone.normaliser}
+        assert len({len(part.micro_batches) for part in shared}) == 1
+        in_turn = [part.micro_batches[turn] for turn in range(len(shared[0].micro_batches)) for part in shared]
+        counted = [micro for micro in in_turn if micro.counts]
+        assert [micro.first for micro in counted] == [micro.first for micro in alone.micro_batches]
+        for micro, other in zip(counted, alone.micro_batches, strict=True):
+            assert torch.equal(micro.batch.input_ids, other.batch.input_ids)
+        assert [micro.counts for micro in in_turn].count(False) == (-len(alone.ids)) % 3

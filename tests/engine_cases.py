@@ -37,10 +37,10 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from lorasc_ds.algorithm.experts import Pair
 from lorasc_ds.algorithm.ledger import Ledger, digest
 from lorasc_ds.cli import parse_command_line
-from lorasc_ds.errors import DivergedError
+from lorasc_ds.errors import ConfigError, DivergedError
 from lorasc_ds.models import load_model
 from lorasc_ds.preparation import Preparation, prepare
-from lorasc_ds.sharding import Launch, sharded_loading, start
+from lorasc_ds.sharding import Launch, Slice, sharded_loading, start
 from lorasc_ds.trainer import Trainer
 
 RECIPE = Path(__file__).parents[1] / "launch" / "recipes" / "quickstart.yaml"
@@ -116,6 +116,8 @@ def cases() -> Iterator[Case]:
     yield Case("memory-zero1", 2, {"stage": 1}, {}, "memory")
     yield Case("growth-zero1", 2, {"stage": 1}, {}, "growth")
     yield Case("growth-ddp", 2, None, {}, "growth")
+    yield Case("layout-auto", 2, zero3, {}, "layout")
+    yield Case("layout-local", 2, zero3, {"cascade.merge_path": "local"}, "layout")
     for stage in range(4):
         yield Case(f"zero{stage}-alone", 1, {"stage": stage})
     yield Case("zero1-four", 4, {"stage": 1})
@@ -187,6 +189,7 @@ def given_pair(expert: int, position: int, shape: tuple[int, int]) -> Pair:
 def trained(trainer: Trainer) -> dict[str, Any]:
     """Train as `train.train` does, with a virtual close and an evaluation before every boundary."""
     losses, digests, scores, reports = [], [], [], []
+    trainer.cascade.ledger.experts.clear()
     for expert in trainer.preparation.plan:
         trainer.cascade.open_expert(expert)
         digests.append(trainer.weights_sha256())
@@ -217,7 +220,6 @@ def merged_from_given_pairs(trainer: Trainer) -> list[str]:
             trainer.cascade.write_pair(one, given_pair(expert.index, position, one.shape))
         trainer.cascade.close_expert(expert)
         digests.append(trainer.weights_sha256())
-    trainer.cascade.ledger.experts.clear()
     return digests
 
 
@@ -308,6 +310,45 @@ def planted_fault(trainer: Trainer) -> str:
     finally:
         trainer.backend.write = write
     return ""
+
+
+def not_finite_on_one_rank(trainer: Trainer) -> dict[str, Any]:
+    """What is said where one rank's gradient, or its loss, is not finite; and how far `B` then moved."""
+    one = trainer.weights[0]
+    before = [whole(other.B) for other in trainer.weights]
+    last = trainer.processes.rank == trainer.processes.world_size - 1
+    said = []
+    for spoil in (one.B.register_hook, trainer.module.lm_head.register_forward_hook):
+        hook = spoil(lambda *values: values[-1] * torch.inf) if last else None
+        try:
+            trainer.training_step(0, LEARNING_RATE)
+            said.append("nothing")
+        except DivergedError as error:
+            said.append(str(error))
+        if hook is not None:
+            hook.remove()
+    moved = max(float((whole(other.B) - old).abs().max()) for other, old in zip(trainer.weights, before, strict=True))
+    return {"said": said, "moved": moved}
+
+
+def wrong_layout(case: Case, model: Path, folder: Path, rank: int) -> dict[str, str]:
+    """Which merge path is taken where slices lie elsewhere than they are looked for."""
+    from lorasc_ds.sharding.zero3 import LocalBackend
+
+    own = LocalBackend.own
+
+    def own_of_another(self: LocalBackend, parameter: Any) -> Slice:
+        part = own(self, parameter)
+        return Slice(part.flat, len(part.flat) - part.start)
+
+    LocalBackend.own = own_of_another
+    try:
+        trainer = make_trainer(case, model, folder, rank)
+        return {"merge_path": trainer.backend.merge_path}
+    except ConfigError as error:
+        return {"refused": str(error)}
+    finally:
+        LocalBackend.own = own
 
 
 def collectives_of(work: Callable[[], None]) -> int:
@@ -441,6 +482,8 @@ def run_case(case: Case, model: Path, folder: Path, rank: int) -> dict[str, Any]
         *_, module, peak = load(case, model, rank)
         size = sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in module.parameters())
         return {"peak": peak, "model": size}
+    if case.measure == "layout":
+        return wrong_layout(case, model, folder, rank)
     trainer = make_trainer(case, model, folder, rank)
     found: dict[str, Any] = {"engine": trainer.engine.name, "merge_path": trainer.backend.merge_path}
     if case.measure == "memory":
@@ -448,14 +491,15 @@ def run_case(case: Case, model: Path, folder: Path, rank: int) -> dict[str, Any]
     if case.measure == "growth":
         return found | growth(trainer)
     found["given"] = merged_from_given_pairs(trainer)
-    found |= trained(trainer)
     if rank == 0:
         found["replayed"] = replayed(trainer, model)
+    found |= trained(trainer)
     found["first_step"] = first_step_after_a_boundary(trainer)
     if case.zero is not None:
         found["collectives"] = collectives_of(edit_all(trainer))
         if case.zero["stage"] > 0:
             found["planted_fault"] = planted_fault(trainer)
+    found["not_finite"] = not_finite_on_one_rank(trainer)
     return found
 
 

@@ -21,6 +21,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lorasc_ds.quickstart.make_base import make_tokenizer
 
+pytestmark = pytest.mark.timeout(900)  # the first test of a world size runs all of its cases
+
 CASES = {case.name: case for case in cases()}
 EQUALITIES = [case for case in CASES.values() if case.measure == "equality"]
 
@@ -96,7 +98,7 @@ class Results:
             ]
             try:
                 for process in processes:
-                    process.wait(timeout=280)
+                    process.wait(timeout=600)
             except subprocess.TimeoutExpired:
                 file.write("timed out\n")
             finally:
@@ -171,7 +173,7 @@ def test_given_pairs_are_merged_to_the_same_bits(case: Case, results: Results, a
     found = results[case]
     assert found["given"] == alone(case)["given"]
     assert len(set(found["given"])) == len(found["given"])
-    assert found["replayed"] == found["digests"][-1]
+    assert found["replayed"] == found["given"][-1]
     wanted = case.settings.get("cascade.merge_path", "local")
     assert found["merge_path"].startswith(wanted)
     if case.zero is not None:
@@ -219,7 +221,7 @@ def test_nothing_grows_over_twenty_boundaries(name: str, results: Results) -> No
 def test_a_boundary_needs_little_memory(name: str, gathered: int, results: Results) -> None:
     """Above steady state: on `gather` one whole weight, on `local` none; beside chunks and low-rank factors."""
     found = results[CASES[f"memory-{name}"]]
-    chunks = 2_500_000  # bytes, whatever the weight's size
+    chunks = 3_000_000  # bytes; less than a weight, so that a second gathered one would be seen
     assert chunks < found["weight"]
     assert gathered * found["weight"] < found["peak"] < gathered * found["weight"] + chunks
 
@@ -228,3 +230,16 @@ def test_under_zero3_no_rank_holds_the_whole_model(results: Results) -> None:
     """While the checkpoint is loaded: half of the weights, and a few whole ones on the way."""
     found = results[CASES["loading-zero3"]]
     assert found["model"] / 2 < found["peak"] < 0.8 * found["model"]
+
+
+@pytest.mark.parametrize("case", EQUALITIES, ids=lambda case: case.name)
+def test_a_number_that_is_not_finite_on_one_rank_stops_all_before_the_update(case: Case, results: Results) -> None:
+    found = results[case]["not_finite"]
+    assert all("stopped before the update" in message for message in found["said"])
+    assert found["moved"] == 0.0
+
+
+def test_local_edits_are_taken_only_where_a_trial_of_them_succeeds(results: Results) -> None:
+    assert results[CASES["layout-auto"]]["merge_path"].startswith("gather: ")
+    assert results[CASES["layout-auto"]]["merge_path"].endswith("a trial of local edits failed")
+    assert results[CASES["layout-local"]]["refused"].startswith("cascade.merge_path is local, but ")

@@ -67,7 +67,8 @@ def select_modules(model: nn.Module, target_modules: Sequence[str]) -> dict[str,
             fused = sorted(name for name in available if re.search("qkv|query_key_value", name))
             hint = f"; {fused[0]} holds q, k and v in one: name it to adapt all three" if fused else ""
             raise ConfigError(
-                f"adapter.target_modules: {target} matches no module; the linear layers of this model are: {names}{hint}"
+                f"adapter.target_modules: {target} matches no module; the linear layers of this model are:"
+                f" {names}{hint}"
             )
         missing = [] if names_a_layer(target) else layers_without(found, modules)
         if missing:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
+import math
 import re
 import types
 from collections.abc import Iterator, Sequence
@@ -198,7 +199,11 @@ def build_config(content: dict[str, Any], places: dict[str, str], overrides: dic
 
 @dataclass(frozen=True, slots=True)
 class Invocation:
-    """What the command line asks for."""
+    """What the command line asks for.
+
+    Args:
+        gpus, gpu_memory: how many the plan of a dry run is for, and the GiB of each; None: those that are here.
+    """
 
     config: Config
     recipe: Path
@@ -206,6 +211,8 @@ class Invocation:
     resume: Literal["auto", "never"]
     dry_run: bool
     deepspeed: Path | None = None
+    gpus: int | None = None
+    gpu_memory: float | None = None
 
 
 class Parser(argparse.ArgumentParser):
@@ -228,6 +235,12 @@ def make_parser(default_recipe: Path) -> argparse.ArgumentParser:
         help="auto: a finished run of the same configuration prints its summary; never: the directory must be empty",
     )
     parser.add_argument("--dry_run", action="store_true", help="check everything, print the plan; load no weights")
+    parser.add_argument(
+        "--gpus", type=int, metavar="N", help="with --dry_run: plan for N processes (default: those that were launched)"
+    )
+    parser.add_argument(
+        "--gpu_memory", type=float, metavar="GIB", help="with --dry_run: of each GPU (default: the one here, or 80)"
+    )
     parser.add_argument("--print_config", action="store_true", help="print every field with its meaning, and stop")
     parser.add_argument("--deepspeed", type=Path, metavar="JSON", help="DeepSpeed settings, as in ds_configs/")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
@@ -249,13 +262,27 @@ def parse_command_line(arguments: Sequence[str], default_recipe: Path) -> Invoca
         flag = unknown[0].split("=")[0]
         flags = [option for action in parser._actions for option in action.option_strings]
         raise ConfigError(f"unknown argument {unknown[0]}{did_you_mean(flag, flags)}")
+    for flag, number in (("--gpus", options.gpus), ("--gpu_memory", options.gpu_memory)):
+        if number is not None and not 0 < number < math.inf:
+            raise ConfigError(f"{flag} is {number:g}: a number above 0 is needed")
+        if number is not None and not options.dry_run:
+            raise ConfigError(f"{flag} {number:g} is for planning: add --dry_run, or leave it out")
     overrides = {key: value for key, value in vars(options).items() if "." in key and value is not None}
     content, places = load_yaml(options.config)
     config = build_config(content, places, overrides)
     if options.print_config:
         return describe(config)
     output_dir = options.output_dir or Path("runs") / f"{options.config.stem}-{config.cascade.strategy}"
-    return Invocation(config, options.config, output_dir, options.resume, options.dry_run, options.deepspeed)
+    return Invocation(
+        config,
+        options.config,
+        output_dir,
+        options.resume,
+        options.dry_run,
+        options.deepspeed,
+        options.gpus,
+        options.gpu_memory,
+    )
 
 
 def to_yaml(config: Config) -> str:

@@ -7,76 +7,91 @@ from collections.abc import Iterator
 from transformers import PreTrainedTokenizerBase
 
 from lorasc_ds.encoding import EncodedExample, ScoredTokens
+from lorasc_ds.memory import (
+    FREE_SHARE,
+    GIB,
+    SHIPPED,
+    Memory,
+    activation_bytes,
+    bytes_of,
+    engines,
+    evaluation_bytes,
+    memory_plan,
+    tensors_of,
+)
 from lorasc_ds.preparation import Preparation
 
 PREVIEWED_EXAMPLES = 3
 SHOWN_EXPERTS = 3
+# The table's headers, in two lines, by what `Memory` calls the columns.
+HEADERS = {
+    "weights": ("frozen", "weights"),
+    "pairs": ("pairs and", "moments"),
+    "slow_pairs": ("slow", "pairs"),
+    "accumulators": ("accumu-", "lators"),
+    "copy": ("copy to", "evaluate"),
+    "activations": ("activa-", "tions"),
+    "buffers": ("ZeRO", "buffers"),
+    "gathered": ("boundary", "gathers"),
+    "device": ("sum on", "the GPU"),
+    "host": ("in host", "memory"),
+}
 
 
-def report(preparation: Preparation) -> str:
-    """Memory plan, step plan and label-mask preview; nothing has been loaded for it but shapes."""
-    return "\n".join(("", *memory_lines(preparation), "", *step_lines(preparation), "", *preview_lines(preparation)))
+def report(preparation: Preparation, gpu_memory: int) -> str:
+    """Memory plan, step plan and label-mask preview; nothing has been loaded for it but shapes.
 
-
-def memory_plan(preparation: Preparation) -> dict[str, int]:
-    """Bytes on the device by what holds them; activations are an estimate."""
-    config, weights = preparation.config, preparation.weights
-    frozen = [p for p in preparation.shape.parameters() if not p.requires_grad]
-    trained = sum(one.A.numel() + one.B.numel() for one in weights)
-    adapted = sum(one.weight.numel() for one in weights)
-    rounded = config.model.dtype != "float32"
-    accumulated = 4 * adapted if rounded and config.cascade.accumulator == "device" else 0
-    kept = 4 * adapted if not rounded and preparation.evaluation_steps - {e.stop for e in preparation.plan} else 0
-    return {
-        "frozen weights": sum(p.numel() * p.element_size() for p in frozen),
-        "pairs, gradients, moments, slow pairs": (4 + 4 + 8 + 4) * trained,
-        "float32 accumulators": accumulated,
-        "copy during an evaluation inside an expert": kept,
-        "a micro batch's activations, or an evaluation's logits (estimate)": max(
-            activation_bytes(preparation), evaluation_bytes(preparation)
-        ),
-    }
-
-
-def activation_bytes(preparation: Preparation) -> int:
-    """What a forward pass keeps for the backward pass, for the longest micro batch, by a formula.
-
-    Per token and layer of hidden size h and intermediate size f: inputs of norms, projections and the gated
-    product, `7h + 2f` in the compute dtype and `2h` in float32; the float32 copies that the pairs read; and
-    the logits three times in float32.
+    Args:
+        gpu_memory: bytes that each GPU has.
     """
-    shape = preparation.shape.config.get_text_config()
-    size = 4 if preparation.config.model.dtype == "float32" else 2
-    h = shape.hidden_size
-    f = getattr(shape, "intermediate_size", None) or 4 * h
-    copies = 0 if size == 4 else sum(4 * one.A.shape[1] for one in preparation.weights)
-    train = preparation.splits["train"]
-    longest = max(len(candidate.ids) for example in train for candidate in example.candidates) - 1
-    inputs = 1 if preparation.task.loss == "lm" else max(example.inputs for example in train)
-    per_token = shape.num_hidden_layers * (size * (7 * h + 2 * f) + 8 * h) + copies + 12 * shape.vocab_size
-    return preparation.data.micro_batch_size * inputs * longest * per_token
-
-
-def evaluation_bytes(preparation: Preparation) -> int:
-    """Logits of the longest evaluation batch in the compute dtype; the scored ones again, and twice in float32."""
-    size = 4 if preparation.config.model.dtype == "float32" else 2
-    rows = [c for split in preparation.task.evaluation_splits for e in preparation.splits[split] for c in e.candidates]
-    longest, scored = max(len(row.ids) for row in rows) - 1, max(row.scored for row in rows)
-    per_input = size * longest + (size + 8) * scored
-    return (
-        preparation.config.training.eval_batch_size * per_input * preparation.shape.config.get_text_config().vocab_size
+    return "\n".join(
+        ("", *memory_lines(preparation, gpu_memory), "", *step_lines(preparation), "", *preview_lines(preparation))
     )
 
 
+def memory_lines(preparation: Preparation, gpu_memory: int) -> Iterator[str]:
+    """The plan of every engine as a table, without columns of zeros, and which engine to take."""
+    processes = preparation.data.world_size
+    usable = round((1 - FREE_SHARE) * gpu_memory)
+    plans = {name: memory_plan(preparation, zero) for name, zero in engines(processes).items()}
+    columns = [field for field in HEADERS if any(getattr(plan, field) for plan in plans.values())]
+    yield (
+        f"memory of a process by engine, {processes} GPU{'s' if processes > 1 else ''} of {readable(gpu_memory)}"
+        f" ({readable(usable)} without {FREE_SHARE:.0%} for fragmentation and CUDA); G is GiB, M is MiB"
+    )
+    for line, name in enumerate(("", "engine")):
+        yield f"  {name:<18}" + "".join(f"{HEADERS[field][line]:>10}" for field in columns)
+    for name, plan in plans.items():
+        cells = "".join(f"{readable(getattr(plan, field)):>10}" for field in columns)
+        yield f"  {name:<18}{cells}  {'fits' if plan.device <= usable else 'too much'}"
+    model = readable(bytes_of(tensors_of(preparation)[0]))
+    yield "  pairs with gradients and masters; float32 accumulators; activations, or an evaluation's logits, estimated"
+    yield (
+        f"  besides, in host memory: {model} in every process to load the model; under ZeRO-3 in rank 0 alone, to load"
+        " and to save"
+    )
+    yield advice(preparation, {name: plan for name, plan in plans.items() if plan.device <= usable})
+
+
+def advice(preparation: Preparation, fitting: dict[str, Memory]) -> str:
+    """The first engine that fits, or what to change where none does."""
+    training, processes = preparation.config.training, preparation.data.world_size
+    for name, plan in fitting.items():
+        engine = f" --deepspeed ds_configs/{name}" if name in SHIPPED else " (no DeepSpeed)"
+        host = f"; every process needs {readable(plan.host)} of host memory" if plan.host else ""
+        return f"take: accelerate launch --num_processes {processes} launch/train.py{engine}{host}"
+    micro, logits = preparation.data.micro_batch_size, evaluation_bytes(preparation) > activation_bytes(preparation)
+    remedies = {
+        f"lower training.eval_batch_size ({training.eval_batch_size})": logits and training.eval_batch_size > 1,
+        f"lower training.micro_batch_size ({micro})": micro > 1,
+        "set training.gradient_checkpointing true": not training.gradient_checkpointing,
+        f"raise --gpus ({processes})": True,
+    }
+    return f"nothing fits: {', or '.join(remedy for remedy, helps in remedies.items() if helps)}"
+
+
 def readable(count: int) -> str:
-    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.2f} MiB"
-
-
-def memory_lines(preparation: Preparation) -> Iterator[str]:
-    plan = memory_plan(preparation)
-    yield "memory"
-    for what, count in {**plan, "sum": sum(plan.values())}.items():
-        yield f"  {what:<65} {readable(count):>12}"
+    return "-" if count == 0 else f"{count / GIB:.2f}G" if count >= GIB else f"{count / 2**20:.2f}M"
 
 
 def step_lines(preparation: Preparation) -> Iterator[str]:

@@ -1,64 +1,111 @@
-"""The memory plan against what a real forward pass keeps, and the preview against what is scored."""
+"""What `--dry_run` prints: the memory of every engine with what to take, and the preview against what is scored."""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
-import torch
 from conftest import RECIPE
 
 from lorasc_ds import models
 from lorasc_ds.cli import parse_command_line
-from lorasc_ds.dry_run import activation_bytes, marked, memory_plan, preview_lines
+from lorasc_ds.dry_run import marked, memory_lines, preview_lines
 from lorasc_ds.encoding import ScoredTokens
-from lorasc_ds.objectives import summed_loss
-from lorasc_ds.preparation import Preparation, attach_adapters, prepare
+from lorasc_ds.memory import GIB, SHIPPED, memory_plan
+from lorasc_ds.preparation import Preparation, prepare
+from lorasc_ds.train import main
 
 SMALL = ["--task.train_examples=12", "--task.dev_examples=8", "--task.test_examples=10"]
 
 
-def prepared(*arguments: str) -> Preparation:
+def prepared(*arguments: str, processes: int = 1) -> Preparation:
     invocation = parse_command_line([*SMALL, *arguments], RECIPE)
     assert not isinstance(invocation, str)
-    return prepare(invocation.config)
+    return prepare(invocation.config, world_size=processes)
 
 
-def kept_bytes(preparation: Preparation) -> int:
-    """Bytes that autograd keeps in a real forward pass, parameters left out."""
-    model = models.load_model(preparation.config.model).train()
-    attach_adapters(preparation.config, model)
-    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept: dict[int, int] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = summed_loss(model, preparation.data.step(0).micro_batches[0].batch, "lm")
-    assert loss.requires_grad
-    return sum(kept.values())
+def printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    """Exit code, what was printed, and the errors, of a dry run of the command."""
+    code = main([*SMALL, "--output_dir=never/made", *arguments], RECIPE)
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_activation_estimate_is_near_the_truth(dtype: str) -> None:
-    preparation = prepared(f"--model.dtype={dtype}")
-    assert activation_bytes(preparation) == pytest.approx(kept_bytes(preparation), rel=0.4)
+def table(out: str) -> dict[str, list[str]]:
+    """The table's rows, by engine."""
+    names = ("plain", "ddp", *SHIPPED)
+    return {words[0]: words[1:] for line in out.splitlines() if (words := line.split()) and words[0] in names}
 
 
-def test_what_the_memory_plan_counts_exactly() -> None:
-    plan = memory_plan(prepared("--model.dtype=bfloat16", "--adapter.rank=4"))
-    assert plan["frozen weights"] == 2 * 203_264
-    assert plan["pairs, gradients, moments, slow pairs"] == 20 * 8 * 4 * (64 + 64)
-    assert plan["float32 accumulators"] == 4 * 8 * 64 * 64
-    assert memory_plan(prepared("--model.dtype=bfloat16", "--cascade.accumulator=host"))["float32 accumulators"] == 0
-    assert memory_plan(prepared())["float32 accumulators"] == 0
-    assert (
-        memory_plan(prepared("--cascade.strategy=lora"))["copy during an evaluation inside an expert"]
-        == 4 * 8 * 64 * 64
+def test_the_plan_is_for_the_gpus_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = printed(capsys, "--dry_run", "--gpus=4", "--gpu_memory=16")
+    assert code == 0
+    assert "batch     4 = 1 micro x 4 processes x 1 accumulation" in out
+    assert "4 GPUs of 16.00G (14.40G without 10% " in out
+    assert [*table(out)] == ["ddp", *SHIPPED]
+    assert all(row[-1] == "fits" for row in table(out).values())
+    assert "\ntake: accelerate launch --num_processes 4 launch/train.py (no DeepSpeed)\n" in out
+    code, out, _ = printed(capsys, "--dry_run")
+    assert (code, next(iter(table(out)))) == (0, "plain")
+    assert "\ntake: accelerate launch --num_processes 1 launch/train.py (no DeepSpeed)\n" in out
+    assert not Path("never").exists()
+
+
+BAD = {
+    "a batch that cannot be shared": (["--dry_run", "--gpus=3"], "error: training.batch_size is 4, not a multiple of 3 processes x 1 examples"),
+    "no GPU": (["--dry_run", "--gpus=0"], "error: --gpus is 0: a number above 0 is needed"),
+    "half a GPU": (["--dry_run", "--gpus=0.5"], "error: argument --gpus: invalid int value: '0.5'"),
+    "no memory": (["--dry_run", "--gpu_memory=0"], "error: --gpu_memory is 0: a number above 0 is needed"),
+    "not a number": (["--dry_run", "--gpu_memory=nan"], "error: --gpu_memory is nan: a number above 0 is needed"),
+    "endless memory": (["--dry_run", "--gpu_memory=inf"], "error: --gpu_memory is inf: a number above 0 is needed"),
+    "a plan without a dry run": (["--gpus=4"], "error: --gpus 4 is for planning: add --dry_run, or leave it out"),
+    "a memory without a dry run": (["--gpu_memory=24"], "error: --gpu_memory 24 is for planning: add --dry_run"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_plan_that_cannot_be_made_is_one_line(case: str, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments, message = BAD[case]
+    code, _, errors = printed(capsys, *arguments)
+    assert code == 2
+    assert len(errors.splitlines()) == 1
+    assert errors.startswith(message)
+
+
+def test_the_cells_are_those_of_the_plan_and_the_lines_fit_a_terminal() -> None:
+    arguments = ("--cascade.merge_path=gather", "--training.select=best_dev", "--cascade.strategy=lora")
+    lines = list(memory_lines(prepared(*arguments, processes=2), GIB))
+    assert max(map(len, lines)) <= 120
+    assert " ".join(lines[1].split()) == "frozen pairs and slow copy to activa- ZeRO boundary sum on in host"
+    rows = table("\n".join(lines))
+    assert rows["ddp"] == ["0.78M", "0.12M", "0.03M", "0.12M", "1.92M", "-", "-", "2.97M", "0.12M", "fits"]
+    assert rows["zero1.json"] == ["0.78M", "0.11M", "0.03M", "0.12M", "1.92M", "38.15M", "-", "41.10M", "0.12M", "fits"]
+
+
+def test_a_gpu_is_too_small_by_the_part_that_stays_free() -> None:
+    preparation = prepared()
+    needed = memory_plan(preparation, {}).device
+    *_, enough = memory_lines(preparation, math.ceil(needed / 0.9))
+    assert enough == "take: accelerate launch --num_processes 1 launch/train.py (no DeepSpeed)"
+    rows = table("\n".join(memory_lines(preparation, math.floor(needed / 0.9) - 1)))
+    assert {name: row[-1] for name, row in rows.items()} == dict.fromkeys(["plain", *SHIPPED], "much")
+
+
+def test_where_nothing_fits_the_remedies_are_those_that_are_left() -> None:
+    def last_line(*arguments: str) -> str:
+        *_, line = memory_lines(prepared(*arguments), 1024)
+        return line
+
+    assert last_line() == (
+        "nothing fits: lower training.micro_batch_size (4), or set training.gradient_checkpointing true,"
+        " or raise --gpus (1)"
+    )
+    assert last_line("--training.eval_batch_size=1000", "--training.gradient_checkpointing=true") == (
+        "nothing fits: lower training.eval_batch_size (1000), or lower training.micro_batch_size (4), or raise --gpus (1)"
+    )
+    assert last_line("--training.micro_batch_size=1", "--training.gradient_checkpointing=true") == (
+        "nothing fits: raise --gpus (1)"
     )
 
 

@@ -161,6 +161,8 @@ def test_the_trajectory_is_that_of_one_process(case: Case, results: Results, alo
     tolerance = 2e-3 if case.settings.get("model.dtype") == "bfloat16" else 1e-4
     assert len(found["losses"]) == 9
     assert found["losses"] == pytest.approx(expected["losses"], rel=tolerance)
+    # Adam does not see a gradient that is scaled as a whole; its norm does.
+    assert found["norms"] == pytest.approx(expected["norms"], rel=20 * tolerance)
     # The losses themselves move by far more than the tolerance, so that another trajectory would be seen.
     assert max(found["losses"]) / min(found["losses"]) > 1.01
     for score, other in zip(found["scores"], expected["scores"], strict=True):

@@ -130,7 +130,8 @@ def check(invocation: Invocation) -> tuple[Launch, Preparation] | None:
     rank, processes = (launch.rank, launch.world_size) if invocation.gpus is None else (0, invocation.gpus)
     preparation = prepare(config, rank, processes)
     if main:
-        print("\n".join((f"recipe    {invocation.recipe}", *preparation.derived_numbers())), flush=True)
+        notes = [f"note      {launch.note}"] if launch.note else []
+        print("\n".join((f"recipe    {invocation.recipe}", *preparation.derived_numbers(), *notes)), flush=True)
     if not invocation.dry_run:
         return launch, preparation
     if main:

@@ -83,7 +83,13 @@ class Trainer:
         )
         frozen = [one.weight for one in self.weights]
         self.engine, self.backend = prepare_engine(
-            accelerator, self.processes, module, optimizer, frozen, config.cascade.merge_path
+            accelerator,
+            self.processes,
+            module,
+            optimizer,
+            frozen,
+            config.cascade.merge_path,
+            config.training.ddp_timeout,
         )
         self.engine.model.train()
         models.refuse_bidirectional(config.model, module, self.logits)
@@ -145,8 +151,9 @@ class Trainer:
         )
 
     def weights_sha256(self) -> str:
-        """Digest of the adapted weights in use, in ledger order."""
-        return digest(self.backend.full(one.weight) for one in self.weights)
+        """Digest of the adapted weights in use, in ledger order, as the main process has them."""
+        own = bytes.fromhex(digest(self.backend.full(one.weight) for one in self.weights))
+        return bytes(map(int, self.processes.broadcast(list(own)))).hex()
 
     def training_step(self, step: int, learning_rate: float) -> StepReport:
         """One optimizer step on its global batch.
@@ -183,8 +190,7 @@ class Trainer:
         items = list(backbone_items(self.module))
         for _, tensor in items:
             if id(tensor) not in whole:
-                full = self.backend.full(tensor)
-                whole[id(tensor)] = full if self.processes.main else full.new_empty(0)
+                whole[id(tensor)] = self.backend.full(tensor)
         return {name: whole[id(tensor)] for name, tensor in items} if self.processes.main else {}
 
     def save(self, directory: Path, sha256: str) -> None:

@@ -100,6 +100,12 @@ def cases() -> Iterator[Case]:
         yield Case(f"{name}-three", 3, zero)
     yield Case("zero3-offload-every-step", 2, zero3 | offload, {"cascade.experts": 9})
     yield Case("zero2-offload-accumulated", 2, {"stage": 2, "offload_optimizer": CPU}, {"training.micro_batch_size": 3})
+    # The epoch's last step has fewer micro batches than the others, and one process has nothing left to do in it.
+    short = {"task.train_examples": 27, "training.micro_batch_size": 3}
+    yield Case("ddp-short", 2, None, short)
+    for stage in (1, 2, 3):
+        yield Case(f"zero{stage}-short", 2, {"stage": stage}, short)
+    yield Case("zero2-offload-short", 2, {"stage": 2, "offload_optimizer": CPU}, short)
     yield Case("zero3-recomputed", 2, zero3, {"training.gradient_checkpointing": "true"})
     yield Case("ddp-recomputed", 2, None, {"training.gradient_checkpointing": "true"})
     yield Case("host-accumulator", 2, zero3, bf16 | {"cascade.accumulator": "host"})

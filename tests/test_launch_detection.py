@@ -75,6 +75,12 @@ def test_what_no_backend_covers_is_refused_by_name(environment: dict[str, str], 
     assert "\n" not in str(raised.value)
 
 
+def test_a_precision_that_is_not_used_is_said() -> None:
+    assert detect(None, {"ACCELERATE_MIXED_PRECISION": "no"}).note is None
+    note = detect(None, {"ACCELERATE_MIXED_PRECISION": "bf16"}).note
+    assert note == "mixed_precision bf16 of accelerate is not used: model.dtype owns it"
+
+
 def test_two_files_for_one_engine_are_refused(tmp_path: Path) -> None:
     environment = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(tmp_path / "other.json")}
     with pytest.raises(ConfigError, match=r"--deepspeed .*zero3\.json, but accelerate launch names .*other\.json"):

@@ -81,8 +81,9 @@ def test_every_launcher_starts_the_same_run(launched: dict[str, tuple[dict[str, 
     digests = {name: summary["weights_sha256"] for name, (summary, _) in launched.items()}
     assert digests["torchrun"] == digests["accelerate-config_file"] == digests["deepspeed"]
     assert digests["torchrun-zero3"] == digests["accelerate-use_deepspeed"]
-    losses = [summary["eval"]["dev"]["loss"] for summary, _ in launched.values()]
-    assert losses == pytest.approx([losses[0]] * len(losses), rel=5e-3)
+    losses = {name: summary["eval"]["dev"]["loss"] for name, (summary, _) in launched.items()}
+    assert losses["python-zero3_offload"] == pytest.approx(losses["torchrun"], rel=1e-4)
+    assert losses["torchrun-zero3"] == pytest.approx(losses["torchrun"], rel=2e-2)  # in bfloat16
 
 
 def test_the_ledger_of_every_run_replays_to_its_weights_on_one_process(
@@ -123,7 +124,7 @@ def test_the_output_is_that_of_one_process(launched: dict[str, tuple[dict[str, A
         ("divergence", 1, None, 3, "rank 1: a planted divergence"),
         ("ledger", 0, "ds_configs/zero2.json", 1, "rank 0: OSError: [Errno 28] No space left on device"),
         ("save", 1, None, 1, "rank 1: RuntimeError: a planted fault"),
-        ("hang", 1, None, 1, "rank 0: "),
+        ("hang", 1, "ds_configs/zero3.json", 1, "rank 0: "),
     ],
 )  # fmt: skip
 def test_one_process_that_fails_ends_all_with_one_message(

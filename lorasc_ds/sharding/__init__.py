@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 
 import torch
 from accelerate import Accelerator
@@ -14,7 +15,7 @@ from lorasc_ds.sharding.backend import Backend, Engine, Slice
 from lorasc_ds.sharding.engines import DeepSpeedEngine, TorchEngine
 from lorasc_ds.sharding.failure import failing_together, speaking_once_per_node
 from lorasc_ds.sharding.launch import Launch, detect, start
-from lorasc_ds.sharding.processes import Processes
+from lorasc_ds.sharding.processes import Processes, bound_waiting
 from lorasc_ds.sharding.replicated import ReplicatedBackend, ZeroBackend
 
 __all__ = [
@@ -62,17 +63,20 @@ def prepare_engine(
     optimizer: torch.optim.Optimizer,
     weights: Sequence[nn.Parameter],
     merge_path: str,
+    timeout_seconds: int,
 ) -> tuple[Engine, Backend]:
     """Hand model and optimizer to the engine, once, and find how its weights are reached.
 
     Args:
         weights: the frozen weights that boundaries edit.
         merge_path: `cascade.merge_path`.
+        timeout_seconds: `training.ddp_timeout`.
 
     Raises:
         ConfigError: `merge_path` is `local`, and slices do not lie where they are looked for.
     """
     model, prepared = accelerator.prepare(model, optimizer)
+    bound_waiting(timedelta(seconds=timeout_seconds))
     if accelerator.state.deepspeed_plugin is None:
         return TorchEngine(model, optimizer, processes), ReplicatedBackend(optimizer, processes)
     engine = DeepSpeedEngine(model, processes)

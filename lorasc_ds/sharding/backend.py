@@ -58,7 +58,10 @@ class Backend(Protocol):
         ...
 
     def full(self, tensor: Tensor) -> Tensor:
-        """A tensor of the model whole, for digests and saving; do not write to it."""
+        """A tensor of the model, for digests and saving: whole on the main process, perhaps empty on others.
+
+        Do not write to it.
+        """
         ...
 
     def read(self, parameter: nn.Parameter) -> Tensor:

@@ -63,6 +63,7 @@ class DeepSpeedEngine:
             norm = nn.utils.get_total_norm(gradients)
             if torch.isfinite(norm):
                 self.model.step()
+            self.model.zero_grad()
             return norm
         self.model.step()  # skips the update where the norm is not finite, and then reports infinity
         return torch.as_tensor(self.model.get_global_grad_norm())

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 from torch._C._distributed_c10d import TCPStore
 
-from lorasc_ds.errors import PeerError, RunError
+from lorasc_ds.errors import PeerError, RunError, StoppedError
 
 POLL_SECONDS = 1.0
 GRACE_SECONDS = 5.0  # for the main thread to leave a collective by itself
@@ -64,6 +64,9 @@ def failing_together(rank: int, world_size: int, on_failure: Callable[[str, int]
             on_failure(*first)
             raise PeerError(*first, told=True) from error
         others_saw_it(store, world_size)
+        end = threading.Timer(2 * GRACE_SECONDS, os._exit, [code])  # should the engine's own end hang
+        end.daemon = True
+        end.start()
         if isinstance(error, RunError):
             error.args = (message,)
         else:
@@ -76,16 +79,21 @@ def failing_together(rank: int, world_size: int, on_failure: Callable[[str, int]
 
 @contextmanager
 def speaking_once_per_node() -> Iterator[None]:
-    """Inside, before there is a group, all processes meet the same errors: the first of each node raises them.
+    """Inside, before there is a group, all processes usually meet the same error: the first of each node says it.
+
+    The others wait for their launcher to end them, and say it themselves if nobody does: it may be theirs alone.
 
     Raises:
-        PeerError: in the others.
+        PeerError: in a process that was ended.
     """
     try:
         yield
     except RunError as error:
         if os.environ.get("LOCAL_RANK", "0") != "0":
-            raise PeerError(str(error), error.exit_code, told=True) from error
+            try:
+                time.sleep(GRACE_SECONDS)
+            except StoppedError:
+                raise PeerError(str(error), error.exit_code, told=True) from error
         raise
 
 

@@ -39,6 +39,7 @@ class Launch:
         engine: DeepSpeed settings, checked, with "auto" where the run's configuration owns the number; None
             without DeepSpeed.
         source: where the settings come from, as errors name it.
+        note: what the launcher was asked for and is not done; None where there is nothing.
     """
 
     rank: int
@@ -46,6 +47,7 @@ class Launch:
     local_rank: int
     engine: dict[str, Any] | None
     source: str
+    note: str | None = None
 
     @property
     def stage(self) -> int | None:
@@ -88,12 +90,21 @@ def detect(deepspeed: Path | None, environment: Mapping[str, str] = os.environ) 
                 )
     engine, source = engine_settings(deepspeed, environment)
     if engine is not None:
+        quieten_deepspeed()
         check_engine_config(engine, source)
+        if environment.get("DS_ACCELERATOR") == "cpu" and torch.cuda.is_available():
+            raise ConfigError(
+                "DS_ACCELERATOR is cpu, but there is a GPU that Accelerate takes: set CUDA_VISIBLE_DEVICES="
+            )
         if environment.get("ACCELERATE_USE_CPU", "false").lower() == "true":
             raise ConfigError(
                 f"{source}: accelerate launch --cpu switches DeepSpeed off; set DS_ACCELERATOR=cpu instead of --cpu"
             )
+    precision = environment.get("ACCELERATE_MIXED_PRECISION", "no").lower()
     return Launch(
+        note=None
+        if precision == "no"
+        else f"mixed_precision {precision} of accelerate is not used: model.dtype owns it",
         rank=int(environment.get("RANK", "0")),
         world_size=int(environment.get("WORLD_SIZE", "1")),
         local_rank=int(environment.get("LOCAL_RANK", "0")),
@@ -139,7 +150,7 @@ def start(
     Raises:
         ConfigError: the group has another size than the launcher says.
     """
-    on_cpu = not torch.cuda.is_available()
+    on_cpu = not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true"
     # Named, because without a GPU Accelerate would name none and believe each process alone.
     group = InitProcessGroupKwargs(backend="gloo" if on_cpu else "nccl", timeout=timedelta(seconds=timeout_seconds))
     # model.dtype owns the precision, whatever the launcher's default
@@ -149,11 +160,8 @@ def start(
         buckets = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
         accelerator = Accelerator(mixed_precision="no", cpu=on_cpu, kwargs_handlers=[group, buckets])
     else:
-        if launch.world_size == 1:
+        if "WORLD_SIZE" not in os.environ:
             form_group_of_one()
-        if on_cpu:
-            os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns in every process
-        quieten_deepspeed()
         settings = fill_engine_config(
             launch.engine,
             micro_batch_size=micro_batch_size,
@@ -162,13 +170,20 @@ def start(
             max_grad_norm=max_grad_norm,
         )
         plugin = DeepSpeedPlugin(hf_ds_config=settings)
-        accelerator = Accelerator(mixed_precision="no", deepspeed_plugin=plugin, kwargs_handlers=[group])
+        accelerator = Accelerator(
+            mixed_precision="no",
+            deepspeed_plugin=plugin,
+            gradient_accumulation_steps=accumulation,
+            kwargs_handlers=[group],
+        )
     formed = dist.get_world_size() if dist.is_initialized() else 1
     if not launch.world_size == formed == accelerator.num_processes:
         raise ConfigError(
             f"the launcher says {launch.world_size} processes, torch.distributed {formed}, Accelerate"
             f" {accelerator.num_processes}: start the run by torchrun, accelerate launch or the deepspeed command"
         )
+    # All have looked at the output directory, and the first may now write there.
+    accelerator.wait_for_everyone()
     return accelerator
 
 
@@ -177,13 +192,14 @@ def form_group_of_one() -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    for name, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_PORT": port}.items():
-        os.environ.setdefault(name, str(value))
-    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in alone.items()})
 
 
 def quieten_deepspeed() -> None:
     """No compilation of a helper that takes minutes on a CPU, no page of its log per engine."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read at import; else every process is warned
     import deepspeed.ops
     from deepspeed.utils import logger
 

@@ -35,13 +35,23 @@ class Zero3Backend:
         """Leave nothing gathered, as a forward pass does: an edit of a slice alone would not be seen, and be lost."""
         if cast(Any, parameter).ds_status != ZeroParamStatus.NOT_AVAILABLE:
             self.optimizer.empty_partition_cache()
-        assert cast(Any, parameter).ds_status == ZeroParamStatus.NOT_AVAILABLE
+        if cast(Any, parameter).ds_status != ZeroParamStatus.NOT_AVAILABLE:
+            raise RuntimeError(
+                f"{cast(Any, parameter).ds_summary()} stays gathered between steps: this DeepSpeed is not the 0.19 that"
+                " edits are made for"
+            )
+
+    def publish(self, parameter: nn.Parameter) -> None:
+        """Make an edit visible to the next gather."""
+        cast(Any, parameter).ds_secondary_tensor = None  # a copy within the node (hpZ) would be served for ever
+        if self.processes.device.type == "cuda":
+            torch.cuda.synchronize()  # gathers run on a stream of their own, which does not wait for this one
 
     def full(self, tensor: Tensor) -> Tensor:
         if not hasattr(tensor, "ds_id"):  # a buffer
             return tensor.detach()
         with GatheredParameters([tensor]):
-            return tensor.detach().to("cpu", copy=True)
+            return tensor.detach().to("cpu", copy=True) if self.processes.main else torch.empty(0, dtype=tensor.dtype)
 
     def read(self, parameter: nn.Parameter) -> Tensor:
         # The copy that computes is float32 too, and is the master's after every step and every `write`.
@@ -67,11 +77,13 @@ class GatherBackend(Zero3Backend):
         with GatheredParameters([weight], modifier_rank=0):
             flat = weight.detach().view(-1)
             yield Slice(flat if self.processes.main else flat[:0], 0)
+        self.publish(weight)
 
     def write(self, parameter: nn.Parameter, value: Tensor) -> None:
         with GatheredParameters([parameter], modifier_rank=0):
             parameter.detach().copy_(value)
-        self.optimizer.refresh_fp32_params()
+        safe_set_local_fp32_param(parameter, cast(Any, parameter).ds_tensor.data)
+        self.publish(parameter)
 
     def holds(self, parameter: nn.Parameter, value: Tensor) -> bool:
         master = safe_get_full_fp32_param(parameter)
@@ -93,12 +105,6 @@ class LocalBackend(Zero3Backend):
         self.settle(weight)
         yield self.own(weight)
         self.publish(weight)
-
-    def publish(self, parameter: nn.Parameter) -> None:
-        """Make an edit visible to the next gather."""
-        cast(Any, parameter).ds_secondary_tensor = None  # a copy within the node (hpZ) would be served for ever
-        if self.processes.device.type == "cuda":
-            torch.cuda.synchronize()  # gathers run on a stream of their own, which does not wait for this one
 
     def write(self, parameter: nn.Parameter, value: Tensor) -> None:
         self.settle(parameter)
@@ -135,7 +141,7 @@ def local_edits_work(backend: LocalBackend, weights: Sequence[nn.Parameter]) -> 
         with backend.edit(weight) as part:
             kept = part.flat.clone()
             part.flat.copy_(marks(part.flat, part.start))
-        whole = backend.full(weight).flatten()
+        whole = backend.full(weight).flatten()  # on the main process
         right &= torch.equal(whole, marks(whole, 0))
         with backend.edit(weight) as part:
             part.flat.copy_(kept)

@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 import torch
 from conftest import ROOT
-from engine_cases import Case, cases, make_trainer, merged_from_given_pairs, trained
+from engine_cases import Case, cases, make_trainer
+from engine_measures import merged_from_given_pairs, trained
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lorasc_ds.quickstart.make_base import make_tokenizer

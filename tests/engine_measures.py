@@ -1,0 +1,320 @@
+"""What `engine_cases.py` does with the run of a case, and what it reads from the live engine."""
+
+from __future__ import annotations
+
+import gc
+import re
+import threading
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import reference
+import torch
+from conftest import base_weights
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from lorasc_ds.algorithm.experts import Pair
+from lorasc_ds.algorithm.ledger import Ledger, digest
+from lorasc_ds.errors import DivergedError
+from lorasc_ds.trainer import Trainer
+
+RANK = 5
+LEARNING_RATE = 1e-2
+
+
+def given_pair(expert: int, position: int, shape: tuple[int, int]) -> Pair:
+    """Some pair, the same on every engine."""
+    generator = torch.Generator().manual_seed(1000 * expert + position)
+    return Pair(
+        torch.randn(RANK, shape[1], generator=generator) * 0.1, torch.randn(shape[0], RANK, generator=generator) * 0.02
+    )
+
+
+def trained(trainer: Trainer) -> dict[str, Any]:
+    """Train as `train.train` does, with a virtual close and an evaluation before every boundary."""
+    losses, norms, digests, scores, reports = [], [], [], [], []
+    trainer.cascade.ledger.experts.clear()
+    for expert in trainer.preparation.plan:
+        trainer.cascade.open_expert(expert)
+        digests.append(trainer.weights_sha256())
+        for step in range(expert.start, expert.stop):
+            report = trainer.training_step(step, trainer.preparation.learning_rate(expert, step))
+            losses.append(report.loss)
+            norms.append(report.grad_norm)
+        few = trainer.preparation.plan.experts == 3  # an evaluation costs more than a step
+        with trainer.cascade.as_if_closed():
+            if few:
+                scores.append(trainer.evaluate()["dev"])
+            virtual = trainer.weights_sha256()
+        closing = trainer.cascade.close_expert(expert)
+        digests.append(trainer.weights_sha256())
+        assert digests[-1] == virtual
+        if few:
+            scores.append(trainer.evaluate()["dev"])
+        reports.append([closing.norm, closing.lost, closing.drift, closing.averaging_change])
+    return {
+        "losses": losses,
+        "norms": norms,
+        "digests": digests,
+        "scores": scores,
+        "reports": reports,
+        "base": trainer.base_sha256,
+    }
+
+
+def merged_from_given_pairs(trainer: Trainer) -> list[str]:
+    """Digests after each boundary of experts whose pairs are written, not trained."""
+    digests = []
+    for expert in trainer.preparation.plan:
+        trainer.cascade.open_expert(expert)
+        digests.append(trainer.weights_sha256())
+        for position, one in enumerate(trainer.weights):
+            trainer.cascade.write_pair(one, given_pair(expert.index, position, one.shape))
+        trainer.cascade.close_expert(expert)
+        digests.append(trainer.weights_sha256())
+    return digests
+
+
+def whole(parameter: Any) -> Tensor:
+    """What computes, gathered by DeepSpeed's documented call."""
+    if not hasattr(parameter, "ds_id"):
+        return parameter.detach().clone()
+    from deepspeed.runtime.zero import GatheredParameters
+
+    with GatheredParameters([parameter]):
+        return parameter.detach().clone()
+
+
+def master(trainer: Trainer, parameter: Any) -> Tensor:
+    """The float32 master by DeepSpeed's documented call; torch's optimizers have the parameter itself."""
+    if trainer.engine.name in ("plain", "ddp", "zero0"):
+        return parameter.detach()
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    return safe_get_full_fp32_param(parameter)
+
+
+def gradient(trainer: Trainer, parameter: Any) -> Tensor:
+    if trainer.engine.name in ("plain", "ddp", "zero0"):
+        return parameter.grad.clone()
+    from deepspeed.utils import safe_get_full_grad
+
+    return safe_get_full_grad(parameter).clone()
+
+
+def first_step_after_a_boundary(trainer: Trainer) -> dict[str, float]:
+    """How far the restarted engine is from a fresh pair, and its first step from Adam's first, relative to the rate."""
+    plan = trainer.preparation.plan
+    trainer.cascade.ledger.experts.clear()
+    trainer.cascade.open_expert(plan.expert(1))
+    trainer.training_step(0, LEARNING_RATE)
+    trainer.training_step(1, LEARNING_RATE)
+    trainer.cascade.close_expert(plan.expert(1))
+    trainer.cascade.open_expert(plan.expert(2))
+    fresh, zero = 0.0, 0.0
+    for position, one in enumerate(trainer.weights):
+        A = torch.from_numpy(reference.fresh_A(RANK, one.shape[1], position, 2, 0))
+        for held in (whole(one.A), master(trainer, one.A)):
+            fresh = max(fresh, float((held.cpu() - A).abs().max()))
+        for held in (whole(one.B), master(trainer, one.B)):
+            zero = max(zero, float(held.abs().max()))
+    gradients: list[Tensor] = []
+    update = trainer.engine.update
+
+    def keep_gradients(learning_rate: float, max_grad_norm: float | None) -> Tensor:
+        gradients.extend(gradient(trainer, one.B) for one in trainer.weights)
+        return update(learning_rate, max_grad_norm)
+
+    trainer.engine.update = keep_gradients
+    trainer.training_step(2, LEARNING_RATE)
+    trainer.engine.update = update
+    rate = trainer.engine.optimizer.param_groups[0]["lr"] if trainer.engine.name in ("plain", "ddp") else None
+    rate = rate or trainer.engine.model.optimizer.param_groups[0]["lr"]
+    off, moved = 0.0, 0.0
+    for one, g in zip(trainer.weights, gradients, strict=True):
+        expected = -rate * g / (g.abs() + 1e-8)
+        for held in (whole(one.B), master(trainer, one.B)):
+            off = max(off, float((held - expected).abs().max()) / rate)
+        moved = max(moved, float(expected.abs().max()) / rate)
+    return {"A_off": fresh, "B_off": zero, "step_off": off, "moved": moved, "rate": rate}
+
+
+def planted_fault(trainer: Trainer) -> str:
+    """What is said where only the copy that computes is set, and the master is forgotten."""
+    plan = trainer.preparation.plan
+    write = trainer.backend.write
+
+    def copy_only(parameter: Any, value: Tensor) -> None:
+        if not hasattr(parameter, "ds_id"):
+            parameter.detach().copy_(value)
+            return
+        from deepspeed.runtime.zero import GatheredParameters
+
+        with GatheredParameters([parameter], modifier_rank=0):
+            parameter.detach().copy_(value)
+
+    trainer.training_step(0, LEARNING_RATE)
+    trainer.backend.write = copy_only
+    try:
+        trainer.cascade.open_expert(plan.expert(1))
+    except DivergedError as error:
+        return str(error)
+    finally:
+        trainer.backend.write = write
+    return ""
+
+
+def not_finite_on_one_rank(trainer: Trainer) -> dict[str, Any]:
+    """What is said where one rank's gradient, or its loss, is not finite; and how far `B` then moved."""
+    one = trainer.weights[0]
+    before = [whole(other.B) for other in trainer.weights]
+    last = trainer.processes.rank == trainer.processes.world_size - 1
+    said = []
+    for spoil in (one.B.register_hook, trainer.module.lm_head.register_forward_hook):
+        hook = spoil(lambda *values: values[-1] * torch.inf) if last else None
+        try:
+            trainer.training_step(0, LEARNING_RATE)
+            said.append("nothing")
+        except DivergedError as error:
+            said.append(str(error))
+        if hook is not None:
+            hook.remove()
+    moved = max(float((whole(other.B) - old).abs().max()) for other, old in zip(trainer.weights, before, strict=True))
+    return {"said": said, "moved": moved}
+
+
+def collectives_of(work: Callable[[], None]) -> int:
+    """How many collectives DeepSpeed issues inside."""
+    from deepspeed.comm import comm
+
+    count = 0
+    kind = type(comm.cdb)
+    names = ("all_gather_into_tensor", "broadcast", "all_reduce")
+    calls = {name: getattr(kind, name) for name in names}
+
+    def counting(call: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            nonlocal count
+            count += 1
+            return call(*args, **kwargs)
+
+        return counted
+
+    for name, call in calls.items():
+        setattr(kind, name, counting(call))
+    try:
+        work()
+    finally:
+        for name, call in calls.items():
+            setattr(kind, name, call)
+    return count
+
+
+def edit_all(trainer: Trainer) -> Callable[[], None]:
+    def edit() -> None:
+        for one in trainer.weights:
+            with trainer.backend.edit(one.weight) as part:
+                part.flat.add_(0)
+
+    return edit
+
+
+def live_bytes() -> int:
+    gc.collect()
+    tensors = [one for one in gc.get_objects() if issubclass(type(one), Tensor)]
+    return sum(tensor.untyped_storage().nbytes() for tensor in tensors if tensor.device.type == "cpu")
+
+
+def hooks(trainer: Trainer) -> int:
+    return sum(
+        len(getattr(module, name))
+        for module in trainer.module.modules()
+        for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    )
+
+
+def growth(trainer: Trainer) -> dict[str, list[int]]:
+    """Live bytes and module hooks after each of twenty boundaries, and whether ZeRO-3 kept its fetch trace."""
+    expert = trainer.preparation.plan.expert(1)
+    sizes, counts, traces = [], [], []
+    for _ in range(20):
+        trainer.cascade.ledger.experts.clear()
+        trainer.cascade.open_expert(expert)
+        trainer.training_step(0, LEARNING_RATE)
+        trainer.cascade.close_expert(expert)
+        sizes.append(live_bytes())
+        counts.append(hooks(trainer))
+        if trainer.engine.name == "zero3":
+            traces.append(trainer.backend.optimizer.parameter_offload.get_param_coordinator().is_complete_trace())
+    return {"bytes": sizes, "hooks": counts, "traces": traces}
+
+
+class PeakBytes(TorchDispatchMode):
+    """The most bytes that tensors made inside held at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live: dict[int, int] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        outputs = func(*args, **(kwargs or {}))
+        known = {one.untyped_storage()._cdata for one in tree_leaves((args, kwargs)) if isinstance(one, Tensor)}
+        for one in tree_leaves(outputs):
+            if isinstance(one, Tensor):
+                storage = one.untyped_storage()
+                if storage._cdata not in self.live and storage._cdata not in known:
+                    self.live[storage._cdata] = storage.nbytes()
+                    weakref.finalize(storage, self.live.pop, storage._cdata, None)
+        self.peak = max(self.peak, sum(self.live.values()))
+        return outputs
+
+
+def boundary_peak(trainer: Trainer) -> dict[str, int]:
+    """Bytes above steady state during a boundary, without its probes, which are forward passes; and one weight's."""
+    plan = trainer.preparation.plan
+    trainer.cascade.ledger.experts.clear()
+    trainer.cascade.open_expert(plan.expert(1))
+    trainer.training_step(0, LEARNING_RATE)
+    logits = trainer.cascade.probe()
+    trainer.cascade.probe = lambda: logits
+    if hasattr(trainer.backend, "settle"):
+        trainer.backend.settle(trainer.weights[0].weight)
+    with PeakBytes() as boundary:
+        trainer.cascade.close_expert(plan.expert(1))
+        trainer.cascade.open_expert(plan.expert(2))
+    one = trainer.weights[0]
+    return {"peak": boundary.peak, "weight": one.shape[0] * one.shape[1] * one.weight.element_size()}
+
+
+class PeakResident:
+    """The most anonymous memory this process held inside, above what it held before; files mapped are not counted."""
+
+    def __enter__(self) -> PeakResident:
+        self.before, self.peak, self.left = self.held(), 0, threading.Event()
+        self.watcher = threading.Thread(target=self.watch)
+        self.watcher.start()
+        return self
+
+    def watch(self) -> None:
+        while not self.left.wait(0.002):
+            self.peak = max(self.peak, self.held() - self.before)
+
+    def held(self) -> int:
+        (line,) = re.findall(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())
+        return int(line) * 1024
+
+    def __exit__(self, *_: object) -> None:
+        self.left.set()
+        self.watcher.join()
+
+
+def replayed(trainer: Trainer, model: Path) -> str:
+    """Digest of the ledger replayed on one process from the pretrained weights."""
+    ledger = Ledger.load(trainer.cascade.ledger.directory)
+    base = base_weights(model, list(ledger.weights), getattr(torch, ledger.base.dtype))
+    return digest(weight for _, weight in ledger.replay(base.__getitem__))

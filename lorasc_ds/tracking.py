@@ -67,7 +67,8 @@ class Tracker:
         self.experts = experts
         self.log_steps = log_steps
         self.main = main
-        self.metrics = open(directory / "metrics.jsonl" if main else os.devnull, "a", encoding="utf-8")  # noqa: SIM115
+        records = directory / "metrics.jsonl" if main else Path(os.devnull)
+        self.metrics = records.open("a", encoding="utf-8")
         self.writer = SummaryWriter(directory / "tensorboard") if tensorboard and main else None
         self.bar = tqdm(total=steps, unit="step", disable=not (main and sys.stderr.isatty()), dynamic_ncols=True)
         self.step = 0

@@ -55,6 +55,7 @@ def test_it_ends_well_and_says_what_to_do_next(launched: Launched) -> None:
     assert any(line.split() == ["split", "metric", "before", "after"] for line in lines)
     assert f"tensorboard --logdir {directory / 'tensorboard'}" in printed
     assert b"\r" not in result.stdout + result.stderr  # no progress bar where there is no terminal
+    assert b"real_accelerator" not in result.stdout + result.stderr  # no word of an engine that is not used
 
 
 def test_the_run_directory_is_whole(launched: Launched) -> None:

@@ -151,6 +151,9 @@ def start(
         ConfigError: the group has another size than the launcher says.
     """
     on_cpu = not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true"
+    if on_cpu:
+        # transformers imports DeepSpeed to save a model, and that would warn of what is known here
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     # Named, because without a GPU Accelerate would name none and believe each process alone.
     group = InitProcessGroupKwargs(backend="gloo" if on_cpu else "nccl", timeout=timedelta(seconds=timeout_seconds))
     # model.dtype owns the precision, whatever the launcher's default

@@ -161,7 +161,7 @@ class TrainingConfig(Section):
     )
     gradient_checkpointing: bool = Field(
         default=False,
-        description="Recompute activations in the backward pass: much less memory, about a third more time.",
+        description="Recompute activations in the backward pass: less memory, more time.",
     )
     eval_batch_size: int = Field(default=16, ge=1, description="Sequences per forward pass of an evaluation.")
     learning_rate: float = Field(default=1e-4, gt=0, le=100, description="Peak learning rate of AdamW.")

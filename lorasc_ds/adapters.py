@@ -9,10 +9,12 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
@@ -31,9 +33,10 @@ class AdaptedWeight:
         shape: (out, in), also where an engine has cut the weight up and left an empty tensor.
         rank: r.
         weight: (out, in), frozen, in the storage dtype.
-        A: (rank, in), trainable, float32.
+        A: (rank, in), float32; trainable, except for LoRA-FA.
         B: (out, rank), trainable, float32.
         scaling: s in `D = s·B·A`.
+        magnitude: DoRA's row norms, (out,), trainable, float32; None for the other methods.
     """
 
     name: str
@@ -43,6 +46,12 @@ class AdaptedWeight:
     A: nn.Parameter
     B: nn.Parameter
     scaling: float
+    magnitude: nn.Parameter | None = None
+
+    @property
+    def pair(self) -> list[nn.Parameter]:
+        """The trainable parameters of the pair: what an expert begins anew."""
+        return [parameter for parameter in (self.A, self.B) if parameter.requires_grad]
 
 
 def matches(path: str, target: str) -> bool:
@@ -134,6 +143,7 @@ def saved_name(model: PreTrainedModel, path: str, shape: tuple[int, int]) -> str
 def attach(
     model: PreTrainedModel,
     *,
+    method: str,
     rank: int,
     lora_alpha: float,
     use_rslora: bool,
@@ -143,6 +153,9 @@ def attach(
     """Put a LoRA pair on every targeted layer, freeze everything else, and name the weights.
 
     The pairs are float32 whatever the model's dtype, `B` is 0; the cascade draws `A`.
+
+    Args:
+        method: `lora`, `lora+`, `dora` (a magnitude besides, the row norms of the weight) or `lora-fa` (`A` is frozen).
 
     Returns:
         the adapted weights in ledger order: sorted by name, as strings.
@@ -162,20 +175,100 @@ def attach(
             r=rank,
             lora_alpha=lora_alpha,  # type: ignore[arg-type]  # annotated int, used as a number
             use_rslora=use_rslora,
+            use_dora=method == "dora",
             lora_dropout=dropout,
             target_modules=list(selected),
         ),
         model,
         ADAPTER,
     )
-    adapted = []
-    for path, name in names.items():
-        layer = model.get_submodule(path)
-        assert isinstance(layer, LoraLinear)
-        lora_A, lora_B = layer.lora_A[ADAPTER].float(), layer.lora_B[ADAPTER].float()
-        frozen, A, B = weight_of(selected[path]), weight_of(lora_A), weight_of(lora_B)
-        adapted.append(AdaptedWeight(name, shape_of(selected[path]), rank, frozen, A, B, layer.scaling[ADAPTER]))
-    return sorted(adapted, key=lambda one: one.name)
+    for path in names:
+        adapter = lora_of(model, path)
+        adapter.lora_A[ADAPTER].float().requires_grad_(method != "lora-fa")
+        adapter.lora_B[ADAPTER].float()
+    return sorted((adapted_weight(lora_of(model, path), name) for path, name in names.items()), key=lambda o: o.name)
+
+
+def find(model: PreTrainedModel) -> list[AdaptedWeight]:
+    """The adapted weights of a model that `peft.get_peft_model` or `attach` gave pairs to, in ledger order.
+
+    Raises:
+        ConfigError: there are none; or PEFT was asked for something that a merge cannot keep.
+    """
+    weights = []
+    for path, layer in model.named_modules():
+        if isinstance(layer, LoraLayer):
+            if not isinstance(layer, LoraLinear) or type(layer.get_base_layer()) is not nn.Linear:
+                raise ConfigError(
+                    f"{path} is a LoRA on a {type(layer.get_base_layer()).__name__}: only torch.nn.Linear"
+                )
+            if list(layer.lora_A) != [ADAPTER] or layer.merged or layer.lora_bias[ADAPTER] or layer.fan_in_fan_out:
+                raise ConfigError(
+                    f"{path}: one adapter called {ADAPTER!r}, not merged, without a LoRA bias and without"
+                    " fan_in_fan_out is needed"
+                )
+            base = layer.get_base_layer()
+            assert isinstance(base, nn.Linear)
+            weights.append(adapted_weight(layer, saved_name(model, path, shape_of(base))))
+    if not weights:
+        raise ConfigError("the model has no LoRA layers: give it some with peft.get_peft_model first")
+    return sorted(weights, key=lambda one: one.name)
+
+
+def lora_of(model: nn.Module, path: str) -> LoraLinear:
+    layer = model.get_submodule(path)
+    assert isinstance(layer, LoraLinear)
+    return layer
+
+
+def adapted_weight(layer: LoraLinear, name: str) -> AdaptedWeight:
+    base = layer.get_base_layer()
+    assert isinstance(base, nn.Linear)
+    A, B = (weight_of(part[ADAPTER]) for part in (layer.lora_A, layer.lora_B))
+    dora = layer.lora_magnitude_vector
+    magnitude = weight_of(dora[ADAPTER]) if ADAPTER in dora else None
+    return AdaptedWeight(
+        name, shape_of(base), layer.r[ADAPTER], weight_of(base), A, B, layer.scaling[ADAPTER], magnitude
+    )
+
+
+def other_matrices(model: PreTrainedModel, weights: Sequence[AdaptedWeight]) -> dict[str, nn.Parameter]:
+    """The frozen matrices that are not adapted, by the name they are saved under, sorted; tied ones once."""
+    adapted = {id(one.weight) for one in weights}
+    found = {}
+    for key, parameter in model.named_parameters():
+        shape = matrix_shape(parameter)
+        if len(shape) == 2 and ".lora_" not in key and id(parameter) not in adapted:
+            path = key.replace(".base_layer.", ".").removesuffix(".weight")
+            found[saved_name(model, path, shape)] = parameter
+    return dict(sorted(found.items()))
+
+
+def matrix_shape(parameter: nn.Parameter) -> tuple[int, ...]:
+    """Also where an engine has cut the parameter up and left an empty tensor."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def parameter_groups(weights: Sequence[AdaptedWeight], loraplus_lr_ratio: float) -> list[dict[str, Any]]:
+    """Groups for the optimizer, none of them empty, each with its `role` and its `lr_ratio`: its rate over the run's.
+
+    The magnitudes never share a group with pairs, since they keep their moments when those are emptied; and they are
+    not decayed, which would shrink the model's weights themselves.
+
+    Args:
+        loraplus_lr_ratio: the rate of `B` over that of `A`; 1 for all methods but LoRA+.
+    """
+    parts = {"pairs": [parameter for one in weights for parameter in one.pair]}
+    if loraplus_lr_ratio != 1:
+        parts = {"A": [one.A for one in weights], "B": [one.B for one in weights]}
+    groups = [
+        {"params": params, "role": role, "lr_ratio": loraplus_lr_ratio if role == "B" else 1.0}
+        for role, params in parts.items()
+    ]
+    magnitudes = [one.magnitude for one in weights if one.magnitude is not None]
+    if magnitudes:
+        groups.append({"params": magnitudes, "role": "magnitude", "lr_ratio": 1.0, "weight_decay": 0.0})
+    return groups
 
 
 def shape_of(layer: nn.Linear) -> tuple[int, int]:

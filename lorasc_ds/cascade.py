@@ -1,28 +1,23 @@
-"""Opens and closes experts: the only place where the algorithm, the adapters and the backend meet.
-
-A boundary happens in place, inside the live model: the same tensors, the same optimizer object, the same
-ledger. Nothing is torn down and nothing grows.
-"""
+"""Opens and closes experts: the only place where the algorithm, the adapters and the backend meet."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lorasc_ds.adapters import AdaptedWeight
-from lorasc_ds.algorithm import experts, merge
+from lorasc_ds.algorithm import experts
 from lorasc_ds.algorithm.experts import Pair
 from lorasc_ds.algorithm.ledger import Ledger
-from lorasc_ds.algorithm.noise import Purpose, Stream
 from lorasc_ds.algorithm.plan import Expert
 from lorasc_ds.errors import DivergedError
-from lorasc_ds.sharding import Backend, Processes, Slice
+from lorasc_ds.live_weights import LiveWeights
+from lorasc_ds.method import Method
 
 # A bfloat16 logit of 20 has a spacing of 0.125, a twentieth of a usual standard deviation: sound merges of a pretrained
 # model were seen to move single logits by 0.067, so that a bound of 0.05 would end healthy runs.
@@ -34,13 +29,21 @@ class Opening:
     """What opening an expert did.
 
     Args:
+        noise_intensity: λ as used; 0 without noise.
+        noise_losses: dev loss of every candidate for λ, where there are several.
         noise_scale: c by name; 0 without noise.
         noise_change: change of the probe's logits by the noise, as `relative_change`.
+        pruned: share of the moments' elements that are zero after pruning, read back; None where nothing is pruned.
+        choosing_seconds: of `seconds`, spent on candidates.
         seconds: wall time, probes included.
     """
 
+    noise_intensity: float
+    noise_losses: dict[float, float]
     noise_scale: dict[str, float]
     noise_change: float
+    pruned: float | None
+    choosing_seconds: float
     seconds: float
 
 
@@ -49,21 +52,27 @@ class Closing:
     """What closing an expert did, over all adapted weights.
 
     Args:
+        slow_retention: α as used.
+        retention_losses: dev loss of every candidate for α, where there are several.
         norm: Frobenius norm of what was merged, D(slow).
         std: its standard deviation, by name.
         overlap: cosine between D(slow) and the D(slow) merged before; None at the first expert.
         lost: share of D(slow), in norm, that the weights in use do not show, by rounding.
         averaging_change: change of the probe's logits as fast becomes slow; 0 with α = 0.
         drift: change of the probe's logits by the merge alone; bounded.
+        choosing_seconds: of `seconds`, spent on candidates.
         seconds: wall time, probes included.
     """
 
+    slow_retention: float
+    retention_losses: dict[float, float]
     norm: float
     std: dict[str, float]
     overlap: float | None
     lost: float
     averaging_change: float
     drift: float
+    choosing_seconds: float
     seconds: float
 
 
@@ -72,87 +81,117 @@ def relative_change(before: Tensor, after: Tensor) -> float:
     return float((after - before).abs().max() / before.std())
 
 
-class Cascade:
-    """The slow expert, the accumulators and the boundaries of one run.
+@dataclass(slots=True)
+class Choice:
+    """Which of several values a boundary took, the dev loss of each, and how long that took."""
+
+    value: float
+    losses: dict[float, float] = field(default_factory=dict)
+    seconds: float = 0.0
+
+
+class Boundaries:
+    """The slow expert and the boundaries of one run.
 
     Args:
-        weights: the adapted weights in ledger order.
-        backend: edits them wherever they live.
-        processes: those of the run.
-        ledger: gets every expert that closes, from the main process; its seed draws the pairs and the noise.
-        slow_retention: α of eqs. 10 and 11.
-        noise_intensity: λ of eq. 8.
+        live: the adapted weights and their pairs.
+        ledger: gets every expert that closes, from the main process.
+        method: what happens at a boundary.
         probe: logits of a fixed batch in evaluation mode, float32.
-        accumulator: `device`, or `host` memory, for the float32 sums behind bfloat16 weights.
+        dev_loss: of the model as it is, the same on all processes; needed where `method` has candidates.
         max_boundary_drift: see `CascadeConfig`; None: by dtype.
     """
 
     def __init__(
         self,
-        weights: Sequence[AdaptedWeight],
-        backend: Backend,
-        processes: Processes,
+        live: LiveWeights,
         ledger: Ledger,
+        method: Method,
         *,
-        slow_retention: float,
-        noise_intensity: float,
         probe: Callable[[], Tensor],
-        accumulator: str = "device",
+        dev_loss: Callable[[], float] | None = None,
         max_boundary_drift: float | None = None,
     ) -> None:
-        self.weights = weights
-        self.backend = backend
-        self.processes = processes
+        self.live = live
+        self.weights = live.weights
+        self.processes = live.processes
         self.ledger = ledger
-        self.slow_retention = slow_retention
-        self.noise_intensity = noise_intensity
+        self.method = method
         self.probe = probe
-        self.max_boundary_drift = max_boundary_drift or MAX_BOUNDARY_DRIFT[weights[0].weight.dtype]
+        self.dev_loss = dev_loss
+        self.max_boundary_drift = max_boundary_drift or MAX_BOUNDARY_DRIFT[self.weights[0].weight.dtype]
         self.slow: dict[str, Pair] = {}
+        self.noise_intensity = 0.0
         self.noise_scale: dict[str, float] = {}
-        self.accumulators: dict[str, Tensor] = {}
-        for one in weights:
-            if one.weight.dtype != torch.float32:  # a float32 weight is its own accumulator
-                with backend.edit(one.weight) as part:
-                    device = part.flat.device if accumulator == "device" else torch.device("cpu")
-                    self.accumulators[one.name] = part.flat.to(device, torch.float32)
-
-    def accumulator_of(self, one: AdaptedWeight, part: Slice) -> Tensor:
-        return self.accumulators.get(one.name, part.flat)
 
     def open_expert(self, expert: Expert) -> Opening:
-        """W <- W + N (eqs. 7, 8), a fresh pair, an empty optimizer. The first expert meets no noise.
+        """W <- W + N (eqs. 7, 8) where the method has noise, a fresh pair, an empty or pruned optimizer.
 
         Raises:
             DivergedError: the noise is so large that the model computes nothing finite; or, read back, the engine
                 holds something else than was written.
         """
         began = time.perf_counter()
-        noisy = expert.index > 1 and self.noise_intensity > 0
+        noisy = self.method.noises(expert.index)
         before = self.probe() if noisy else None
-        self.noise_scale = self.noise_scales() if noisy else {one.name: 0.0 for one in self.weights}
-        pairs: dict[str, Pair] = {}
-        for position, one in enumerate(self.weights):
-            if noisy:
-                stream = Stream(self.ledger.seed, expert.index, position, Purpose.NOISE)
-                with self.backend.edit(one.weight) as part:
-                    accumulator = self.accumulator_of(one, part)
-                    merge.add_noise_(accumulator, stream, self.noise_scale[one.name], part.start)
-                    merge.round_into_(part.flat, accumulator)
-            stream = Stream(self.ledger.seed, expert.index, position, Purpose.FRESH_A)
-            pairs[one.name] = experts.fresh_pair(stream, *one.shape, rank=one.rank).to(self.processes.device)
-            self.write_pair(one, pairs[one.name])
+        self.noise_scale = {one.name: 0.0 for one in self.weights}
+        chosen = Choice(0.0)
+        if noisy:
+            chosen = self.choose_noise(expert)
+            self.live.add_noise(expert.index, self.noise_scale)
+        self.noise_intensity = chosen.value
+        pairs = self.live.restart_pairs(expert.index)
         if expert.index == 1:
             self.slow = pairs
-        self.backend.empty_optimizer()
+        pruned = self.restart_optimizer(expert)
         noise_change = 0.0 if before is None else self.change(before, self.probe())
-        self.read_back(expert, pairs)
+        self.refuse(expert, self.live.differing(pairs))
+        self.check_replicas(expert)
         if not math.isfinite(noise_change):
             raise DivergedError(
                 f"expert {expert.index}: after the noise the probe's logits are not finite; lower"
                 f" cascade.noise_intensity ({self.noise_intensity:g}) or training.learning_rate"
             )
-        return Opening(dict(self.noise_scale), noise_change, time.perf_counter() - began)
+        return Opening(
+            noise_intensity=chosen.value,
+            noise_losses=chosen.losses,
+            noise_scale=dict(self.noise_scale),
+            noise_change=noise_change,
+            pruned=pruned,
+            choosing_seconds=chosen.seconds,
+            seconds=time.perf_counter() - began,
+        )
+
+    def choose_noise(self, expert: Expert) -> Choice:
+        """λ and c for opening `expert`: in proportion to std(D(slow)), or for NoisyTune to std(W₀)."""
+        stds = self.live.stds() if self.method.noise == "once" else self.stds_of_slow()
+
+        def scales(intensity: float) -> dict[str, float]:
+            return {name: experts.noise_scale(std, intensity) for name, std in stds.items()}
+
+        def trial(intensity: float) -> AbstractContextManager[None]:
+            return self.live.as_if_noisy(expert.index, scales(intensity))
+
+        chosen = self.choose(self.method.noise_intensity, trial)
+        self.noise_scale = scales(chosen.value)
+        return chosen
+
+    def stds_of_slow(self) -> dict[str, float]:
+        """By name, as the main process computes them: the others' arithmetic may differ in the last bit."""
+        main = self.processes.main
+        stds = [experts.std_of_delta(self.slow[one.name], one.scaling) if main else 0.0 for one in self.weights]
+        return dict(zip((one.name for one in self.weights), self.processes.broadcast(stds), strict=True))
+
+    def restart_optimizer(self, expert: Expert) -> float | None:
+        """Empty the optimizer of the pairs, or prune its moments; read back. Returns `Opening.pruned`."""
+        if self.method.pruning is not None and expert.index > 1:
+            pruned, wrong = self.live.prune_optimizer(expert.index, self.method.pruning)
+            self.refuse(expert, wrong)
+            return pruned
+        self.live.backend.empty_optimizer(self.live.pair_parameters)
+        empty = self.live.backend.optimizer_is_empty(self.live.pair_parameters)
+        self.refuse(expert, [] if empty else ["the optimizer's state is not empty"])
+        return None
 
     def close_expert(self, expert: Expert) -> Closing:
         """slow <- α·slow + (1-α)·fast (eqs. 10, 11), W <- W + D(slow) (eq. 12), B <- 0, and the ledger.
@@ -164,19 +203,14 @@ class Cascade:
         began = time.perf_counter()
         averaging_change = 0.0
         before = self.probe()
-        merged = self.slow_after_closing()
-        if self.slow_retention > 0:
-            for one in self.weights:
-                self.write_pair(one, merged[one.name])
+        fast = self.live.pairs()
+        chosen = self.choose_retention(fast)
+        merged = self.slow_after(fast, chosen.value)
+        if chosen.value > 0:
+            self.live.write_pairs(merged)
             with_fast, before = before, self.probe()
             averaging_change = self.change(with_fast, before)
-        squares = torch.zeros(2, dtype=torch.float64)
-        for one in self.weights:
-            with self.backend.edit(one.weight) as part:
-                accumulator = self.accumulator_of(one, part)
-                pair = merged[one.name].to(accumulator.device)
-                squares += merge.merge_(part.flat, accumulator, pair, one.scaling, part.start).cpu()
-            self.backend.write(one.B, torch.zeros_like(merged[one.name].B))
+        squares = self.live.merge(merged)
         drift = self.change(before, self.probe())
         if not math.isfinite(drift):
             raise DivergedError(
@@ -195,98 +229,76 @@ class Cascade:
         norm = math.hypot(*(of_one.norm for of_one in statistics.values()))
         overlap = None if expert.index == 1 else self.overlap(merged, norm)
         self.slow = merged
+        magnitudes = self.live.magnitudes()
         if self.processes.main:
             self.ledger.append(
                 index=expert.index,
                 steps=(expert.start, expert.stop),
-                slow_retention=self.slow_retention,
+                slow_retention=chosen.value,
                 noise_intensity=self.noise_intensity,
                 noise_scale=self.noise_scale,
                 slow=self.slow,
+                magnitudes=magnitudes,
             )
         return Closing(
+            slow_retention=chosen.value,
+            retention_losses=chosen.losses,
             norm=norm,
             std={name: of_one.std for name, of_one in statistics.items()},
             overlap=overlap,
             lost=math.sqrt(lost / meant) if meant > 0 else 0.0,
             averaging_change=averaging_change,
             drift=drift,
+            choosing_seconds=chosen.seconds,
             seconds=time.perf_counter() - began,
         )
 
     @contextmanager
     def as_if_closed(self) -> Iterator[None]:
         """Inside, the model is what closing the open expert now would ship; after, it is as before, to the bit."""
-        kept: dict[str, Tensor] = {}
-        fast_B: dict[str, Tensor] = {}
-        slow = self.slow_after_closing()
-        for one in self.weights:
-            with self.backend.edit(one.weight) as part:
-                accumulator = self.accumulator_of(one, part)
-                if one.name not in self.accumulators:
-                    kept[one.name] = part.flat.clone()
-                pair = slow[one.name].to(accumulator.device)
-                merge.write_merged_(part.flat, accumulator, pair, one.scaling, part.start)
-            fast_B[one.name] = self.backend.read(one.B)
-            self.backend.write(one.B, torch.zeros_like(fast_B[one.name]))
-
-        def undo() -> None:
-            for one in self.weights:
-                with self.backend.edit(one.weight) as part:
-                    merge.round_into_(part.flat, kept.get(one.name, self.accumulator_of(one, part)))
-                self.backend.write(one.B, fast_B[one.name])
-
-        try:
+        fast = self.live.pairs()
+        with self.live.as_if_merged(self.slow_after(fast, self.choose_retention(fast).value), fast):
             yield
-        except BaseException:
-            if self.processes.world_size == 1:  # else the run is over, and the others are not here to take part
-                undo()
-            raise
-        undo()
 
-    def slow_after_closing(self) -> dict[str, Pair]:
+    def choose_retention(self, fast: Mapping[str, Pair]) -> Choice:
+        """α for closing the open expert now."""
+        return self.choose(
+            self.method.slow_retention, lambda alpha: self.live.as_if_merged(self.slow_after(fast, alpha), fast)
+        )
+
+    def choose(self, candidates: Sequence[float], trial: Callable[[float], AbstractContextManager[None]]) -> Choice:
+        """The candidate with the lowest dev loss inside `trial`, of equals the first; one alone is not tried."""
+        if len(candidates) == 1:
+            return Choice(candidates[0])
+        assert self.dev_loss is not None
+        began = time.perf_counter()
+        losses = {}
+        for value in candidates:
+            with trial(value):
+                losses[value] = self.dev_loss()
+        best = min(losses, key=lambda value: losses[value] if math.isfinite(losses[value]) else math.inf)
+        return Choice(best, losses, time.perf_counter() - began)
+
+    def slow_after(self, fast: Mapping[str, Pair], slow_retention: float) -> dict[str, Pair]:
         """The slow pairs that closing the open expert now would merge, by name."""
-        return {
-            one.name: experts.slow_update(
-                self.slow[one.name], Pair(self.backend.read(one.A), self.backend.read(one.B)), self.slow_retention
-            )
-            for one in self.weights
-        }
+        return {name: experts.slow_update(self.slow[name], pair, slow_retention) for name, pair in fast.items()}
 
-    def noise_scales(self) -> dict[str, float]:
-        """c by name, as the main process computes it: the others' arithmetic may differ in the last bit."""
-        scales = [0.0] * len(self.weights)
-        if self.processes.main:
-            scales = [
-                experts.noise_scale(self.slow[one.name], one.scaling, self.noise_intensity) for one in self.weights
-            ]
-        return dict(zip((one.name for one in self.weights), self.processes.broadcast(scales), strict=True))
-
-    def read_back(self, expert: Expert, pairs: dict[str, Pair]) -> None:
-        """Compare the restarted engine with what was written to it.
+    def refuse(self, expert: Expert, wrong: Sequence[str]) -> None:
+        """Stop all processes where the engine of any, read back, does not hold what was written to it.
 
         Raises:
-            DivergedError: on all processes, if on any a parameter, its master, a moment or a weight differs.
+            DivergedError: on all of them.
         """
-        held = {  # all of them are asked: asking may be collective
-            f"{one.name}.{part}": self.backend.holds(parameter, value)
-            for one in self.weights
-            for part, parameter, value in zip("AB", (one.A, one.B), pairs[one.name], strict=True)
-        }
-        wrong = [f"{name} is not what was written" for name, right in held.items() if not right]
-        if not self.backend.optimizer_is_empty():
-            wrong.append("the optimizer's state is not empty")
         problems = self.processes.problems("; ".join(wrong[:3]) if wrong else None)
         if problems:
             raise DivergedError(
                 f"expert {expert.index}: the restart did not reach the whole engine ({'; '.join(problems)}): this"
                 " engine or optimizer keeps copies that are not known here, so do not trust its run"
             )
-        self.check_replicas(expert)
 
     def check_replicas(self, expert: Expert) -> None:
         """Stop where processes that each hold the weights whole hold different ones."""
-        differing = self.backend.differing_replicas([one.weight for one in self.weights])
+        differing = self.live.backend.differing_replicas([one.weight for one in self.weights])
         if differing:
             names = ", ".join(self.weights[position].name for position in differing[:3])
             raise DivergedError(
@@ -298,10 +310,6 @@ class Cascade:
         """`relative_change` as the main process sees it, so that all decide alike."""
         return self.processes.broadcast([relative_change(before, after)])[0]
 
-    def write_pair(self, one: AdaptedWeight, pair: Pair) -> None:
-        self.backend.write(one.A, pair.A)
-        self.backend.write(one.B, pair.B)
-
     def overlap(self, merged: dict[str, Pair], norm: float) -> float:
         """Cosine between what this boundary merges and what the one before merged."""
         product = sum(
@@ -309,8 +317,3 @@ class Cascade:
         )
         before = math.hypot(*(experts.delta_statistics(self.slow[one.name], one.scaling).norm for one in self.weights))
         return product / (norm * before) if norm * before > 0 else 0.0
-
-
-def pair_parameters(weights: Sequence[AdaptedWeight]) -> list[nn.Parameter]:
-    """The trainable parameters of the pairs, in ledger order."""
-    return [parameter for one in weights for parameter in (one.A, one.B)]

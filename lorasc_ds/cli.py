@@ -113,10 +113,16 @@ def parse_override(text: str, fields: list[FieldInfo]) -> Any:
     kinds = [kind for field in fields for kind in members(field.annotation)]
     if text == "null" and type(None) in kinds:
         return None
-    if any(kind is str or get_origin(kind) is Literal for kind in kinds):
+    words = [kind for kind in kinds if kind is str or get_origin(kind) is Literal]
+    if len(words) == len([kind for kind in kinds if kind is not type(None)]):
         return text
-    if any(get_origin(kind) is tuple for kind in kinds) and not text.startswith("["):
-        return [part.strip() for part in text.split(",")]
+    if any(text in get_args(kind) for kind in words):
+        return text
+    for kind in kinds:
+        if get_origin(kind) is tuple and not text.startswith("["):
+            if get_args(kind)[0] is str:
+                return [part.strip() for part in text.split(",")]
+            text = f"[{text}]"
     try:
         return yaml.load(text, RecipeLoader)
     except (yaml.YAMLError, ValueError, AttributeError):

@@ -17,21 +17,35 @@ class Strategy:
     """A row of the table of methods: which settings of the one loop make it.
 
     Args:
-        many_experts: `cascade.experts` holds (default one per epoch); else the run is one expert.
+        experts: how many by default, and whether `cascade.experts` may say otherwise: not with `one`.
         averages: `cascade.slow_retention` (α) holds; else α = 0 and the slow expert is the fast one.
-        noises: `cascade.noise_intensity` (λ) holds, before every expert but the first; else λ = 0.
+        noise: `once`, before training, in standard deviations of the pretrained weights, or before `every` expert but
+            the first, in those of the slow expert's change; of `cascade.noise_intensity` (λ).
+        optimizer: moments and step counts at a boundary: `emptied`, or moments `pruned` by `cascade.prune_method`.
+        schedule, span: what `training.schedule` and `training.schedule_span` are where they are null.
     """
 
-    many_experts: bool
+    experts: Literal["one", "two", "one per epoch"]
     averages: bool
-    noises: bool
+    noise: Literal["none", "once", "every"]
+    optimizer: Literal["emptied", "pruned"]
+    schedule: Literal["linear", "cosine"]
+    span: Literal["run", "expert", "jagged"]
+
+    @property
+    def many_experts(self) -> bool:
+        return self.experts != "one"
 
 
 STRATEGIES = {
-    "lora": Strategy(many_experts=False, averages=False, noises=False),
-    "cascade": Strategy(many_experts=True, averages=False, noises=False),
-    "slow": Strategy(many_experts=True, averages=True, noises=False),
-    "lorasc": Strategy(many_experts=True, averages=True, noises=True),
+    #           experts        averages  noise   optimizer  schedule  span
+    "lora": Strategy("one", False, "none", "emptied", "linear", "run"),
+    "noisytune": Strategy("one", False, "once", "emptied", "linear", "run"),
+    "cola": Strategy("two", False, "none", "emptied", "linear", "run"),
+    "relora": Strategy("one per epoch", False, "none", "pruned", "cosine", "jagged"),
+    "cascade": Strategy("one per epoch", False, "none", "emptied", "linear", "expert"),
+    "slow": Strategy("one per epoch", True, "none", "emptied", "linear", "expert"),
+    "lorasc": Strategy("one per epoch", True, "every", "emptied", "linear", "expert"),
 }
 
 
@@ -51,30 +65,83 @@ class ModelConfig(Section):
 
 
 class AdapterConfig(Section):
-    method: Literal["lora"] = Field(default="lora", description="The adapter of each expert.")
+    method: Literal["lora", "lora+", "dora", "lora-fa"] = Field(
+        default="lora",
+        description="lora; lora+: B learns faster than A; dora: every row has a trained magnitude besides, outside the"
+        " cascade; lora-fa: A stays as drawn within an expert.",
+    )
     rank: int = Field(default=8, ge=1, description="Rank r of each expert.")
     lora_alpha: float = Field(default=16.0, gt=0, description="Scaling numerator: s = lora_alpha / rank.")
     use_rslora: bool = Field(default=False, description="Rank-stabilised scaling: s = lora_alpha / sqrt(rank).")
     dropout: float = Field(default=0.0, ge=0, lt=1, description="Dropout on the input of the LoRA branch.")
+    loraplus_lr_ratio: float = Field(
+        default=16.0, gt=0, description="Learning rate of B over that of A, which is training.learning_rate (lora+)."
+    )
+    lorafa_projection: bool = Field(
+        default=True,
+        description="The gradient of B is that of LoRA-FA's best match to full fine-tuning, g(AAᵀ)⁻¹/s²; false: g"
+        " itself (lora-fa).",
+    )
     target_modules: Annotated[tuple[str, ...], Field(strict=False, min_length=1)] = Field(
         default=("q_proj", "v_proj"), description="Names, or ends of dotted paths, of the linear layers to adapt."
     )
 
 
+Candidates = Annotated[tuple[Annotated[float, Field(ge=0)], ...], Field(strict=False, min_length=2)]
+
+
 class CascadeConfig(Section):
-    strategy: Literal["lora", "cascade", "slow", "lorasc"] = Field(
+    strategy: Literal["lora", "noisytune", "cola", "relora", "cascade", "slow", "lorasc"] = Field(
         default="lorasc",
-        description="lora: one expert; cascade: one after the other; slow: with averaging; lorasc: with averaging"
+        description="lora: one expert; noisytune: one, on noised weights; cola: two, one schedule over both; relora:"
+        " moments pruned, jagged cosine; cascade: one after the other; slow: with averaging; lorasc: with averaging"
         " and noise.",
     )
-    experts: int | None = Field(default=None, ge=1, description="Number of experts T; null: one per epoch.")
-    slow_retention: float = Field(
-        default=0.6, ge=0, lt=1, description="α: how much of the slow expert stays at each boundary (slow, lorasc)."
+    experts: int | None = Field(
+        default=None, ge=1, description="Number of experts T; null: one per epoch (cola: two, the chain's length)."
     )
-    noise_intensity: float = Field(
+    restart_interval: int | None = Field(
+        default=None,
+        ge=1,
+        description="Optimizer steps of an expert, the last one's may be fewer; null: cascade.experts says when.",
+    )
+    slow_retention: Annotated[float, Field(ge=0, lt=1)] | Literal["auto"] = Field(
+        default=0.6,
+        description="α: how much of the slow expert stays at each boundary; auto: the one of"
+        " cascade.slow_retention_candidates with the lowest dev loss (slow, lorasc).",
+    )
+    slow_retention_candidates: Candidates = Field(
+        default=(0.0, 0.5, 0.6, 0.8), description="What cascade.slow_retention auto chooses from."
+    )
+    noise_intensity: Annotated[float, Field(ge=0)] | Literal["auto"] = Field(
         default=0.1,
+        description="λ: width of the noise, in standard deviations of the slow expert's change (lorasc) or of the"
+        " pretrained weight (noisytune); auto: the one of cascade.noise_intensity_candidates with the lowest dev loss.",
+    )
+    noise_intensity_candidates: Candidates = Field(
+        default=(0.1, 1.0, 10.0), description="What cascade.noise_intensity auto chooses from."
+    )
+    auto_examples: int | None = Field(
+        default=None,
+        ge=1,
+        description="Dev examples that auto looks at, the first ones; null: so many that it costs about 8 % of the"
+        " training.",
+    )
+    noise_on: Literal["adapted", "all"] = Field(
+        default="adapted", description="Noise on the adapted weights, or on every matrix of the model (noisytune)."
+    )
+    prune_method: Literal["magnitude", "random", "full"] = Field(
+        default="magnitude",
+        description="Which elements of each moment are set to zero at a restart: the smallest, any, or all (relora).",
+    )
+    prune_fraction: float = Field(
+        default=0.99, ge=0, le=1, description="How many of them: this share (relora with magnitude or random)."
+    )
+    rewarmup_steps: int | None = Field(
+        default=None,
         ge=0,
-        description="λ: width of the noise, in standard deviations of the slow expert's change (lorasc).",
+        description="Optimizer steps in which the learning rate of schedule_span jagged comes back after a restart;"
+        " null: a tenth of the expert's.",
     )
     accumulator: Literal["device", "host"] = Field(
         default="device",
@@ -93,11 +160,30 @@ class CascadeConfig(Section):
     )
 
     @model_validator(mode="after")
-    def lora_is_one_expert(self) -> CascadeConfig:
-        if not STRATEGIES[self.strategy].many_experts and self.experts not in (None, 1):
+    def consistent(self) -> CascadeConfig:
+        several = [name for name, strategy in STRATEGIES.items() if strategy.many_experts]
+        for key, value in (("experts", self.experts), ("restart_interval", self.restart_interval)):
+            one = value is None or (key == "experts" and value == 1)
+            if not STRATEGIES[self.strategy].many_experts and not one:
+                raise ValueError(
+                    f"cascade.{key} is {value}, but cascade.strategy {self.strategy} trains one expert: leave"
+                    f" {key} out, or take strategy {', '.join(several[:-1])} or {several[-1]}"
+                )
+        if self.experts is not None and self.restart_interval is not None:
             raise ValueError(
-                f"cascade.experts is {self.experts}, but cascade.strategy {self.strategy} trains one expert:"
-                " leave experts out, or take strategy cascade, slow or lorasc"
+                f"cascade.experts {self.experts} and cascade.restart_interval {self.restart_interval} both say when"
+                " experts end: leave one out"
+            )
+        if max(self.slow_retention_candidates) >= 1:
+            raise ValueError(
+                f"cascade.slow_retention_candidates holds {max(self.slow_retention_candidates):g}: numbers from 0 to"
+                " below 1 are needed"
+            )
+        noises_all = STRATEGIES[self.strategy].noise == "once" and self.noise_on == "all"
+        if noises_all and self.noise_intensity == "auto":
+            raise ValueError(
+                "cascade.noise_intensity auto with cascade.noise_on all would need a copy of the whole model: give a"
+                " number, or take noise_on adapted"
             )
         return self
 
@@ -169,12 +255,14 @@ class TrainingConfig(Section):
     max_grad_norm: float | None = Field(
         default=1.0, gt=0, description="Gradients are clipped to this norm; null: not clipped."
     )
-    schedule: Literal["linear", "cosine", "constant"] = Field(
-        default="linear", description="Decay of the learning rate."
+    schedule: Literal["linear", "cosine", "constant"] | None = Field(
+        default=None, description="Decay of the learning rate; null: cosine with strategy relora, else linear."
     )
-    schedule_span: Literal["expert", "run"] = Field(
-        default="expert",
-        description="The schedule starts again, compressed, with every expert, or spans the whole run.",
+    schedule_span: Literal["expert", "run", "jagged"] | None = Field(
+        default=None,
+        description="The schedule starts again, compressed, with every expert; or spans the whole run; or that, with"
+        " a warm-up after every restart (cascade.rewarmup_steps). null: jagged with relora, run with lora, noisytune"
+        " and cola, else expert.",
     )
     warmup_steps: int = Field(
         default=0,

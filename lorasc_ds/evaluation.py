@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -37,7 +38,7 @@ def evaluate(
     pad_id: int,
     processes: Processes,
 ) -> Scores:
-    """Loss on every split, and accuracy (`candidates`) or perplexity (`documents`).
+    """Loss on every split but `train`, and accuracy (`candidates`) or perplexity (`documents`).
 
     The loss is the one that is trained on. `batch_size` counts the model's inputs, not examples. The
     processes take the batches in turn; all get the same scores, those of one process to the last bit.
@@ -56,7 +57,14 @@ def evaluate(
         return {"accuracy": correct / len(examples), "loss": mean}
 
     with evaluation_mode(model):
-        return {split: score(splits[split]) for split in task.evaluation_splits}
+        return {split: score(examples) for split, examples in splits.items() if split != "train"}
+
+
+def for_the_loss_alone(examples: Sequence[EncodedExample], task: Task) -> list[EncodedExample]:
+    """Examples whose evaluation gives the same loss with the fewest inputs; its accuracy is then of no use."""
+    if task.loss == "classification":
+        return list(examples)
+    return [replace(example, candidates=(example.target,), gold=(0,)) for example in examples]
 
 
 Sums = tuple[float, int, int]

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lorasc_ds import models
 from lorasc_ds.adapters import AdaptedWeight, attach
-from lorasc_ds.algorithm.plan import Expert, Plan, compressed_warmup, learning_rate_factor
-from lorasc_ds.config import STRATEGIES, Config, TextConfig, TrainingConfig
+from lorasc_ds.algorithm.plan import Expert, Plan, Schedule, compressed_warmup
+from lorasc_ds.config import Config, TextConfig, TrainingConfig
 from lorasc_ds.data import TrainingData
 from lorasc_ds.encoding import EncodedExample, Encoder
 from lorasc_ds.errors import ConfigError
+from lorasc_ds.method import Method, make_method, make_plan, make_schedule, unused_settings
 from lorasc_ds.tasks import Task, load_task
+
+AUTO_SHARE = 0.08
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +29,8 @@ class Preparation:
     Args:
         shape: the adapted model on the meta device; `weights` are its adapted weights.
         splits: the task's examples as tokens.
-        slow_retention, noise_intensity: α and λ as the strategy uses them, 0 where it does not.
+        method: what a boundary does.
+        auto_examples: how many dev examples a boundary looks at to choose α or λ; 0 where neither is auto.
         evaluation_steps: after how many optimizer steps every split is scored.
         selection_steps: of them, the ends of epochs, which `training.select` chooses from: the same for every strategy.
     """
@@ -37,8 +43,9 @@ class Preparation:
     splits: dict[str, list[EncodedExample]]
     data: TrainingData
     plan: Plan
-    slow_retention: float
-    noise_intensity: float
+    schedule: Schedule
+    method: Method
+    auto_examples: int
     evaluation_steps: frozenset[int]
     selection_steps: frozenset[int]
     truncated: int
@@ -50,28 +57,48 @@ class Preparation:
 
     def learning_rate(self, expert: Expert, step: int) -> float:
         """Of optimizer step `step` of the run, which lies in `expert`."""
-        training = self.config.training
-        whole_run = training.schedule_span == "run"
-        steps = self.plan.steps if whole_run else expert.steps
-        warmup = compressed_warmup(training.warmup_steps, steps, self.plan.steps)
-        done = step if whole_run else step - expert.start
-        return training.learning_rate * learning_rate_factor(training.schedule, done, steps, warmup)
+        return self.config.training.learning_rate * self.schedule.factor(self.plan, expert, step)
+
+    @property
+    def loraplus_lr_ratio(self) -> float:
+        """The learning rate of `B` over that of `A`; 1 for all methods but LoRA+."""
+        adapter = self.config.adapter
+        return adapter.loraplus_lr_ratio if adapter.method == "lora+" else 1.0
+
+    def asked(self, key: Literal["slow_retention", "noise_intensity"]) -> float | str:
+        """α or λ as the strategy uses it: a number, 0 where it does not, or `auto`."""
+        values = getattr(self.method, key)
+        return values[0] if len(values) == 1 else "auto"
+
+    def cascade_numbers(self) -> Iterator[str]:
+        """What a boundary does, in words."""
+        method, dev = self.method, len(self.splits["dev"])
+        for name, values in (("slow retention", method.slow_retention), ("noise intensity", method.noise_intensity)):
+            yield f"{name} {' or '.join(f'{value:g}' for value in values)}"
+        if method.noise == "once":
+            yield f"once on {method.noise_on} matrices"
+        if method.pruning is not None:
+            share = "all" if method.pruning.method == "full" else f"{method.pruning.fraction:.2%}"
+            yield f"{share} of the moments pruned ({method.pruning.method})"
+        if method.candidates:
+            yield f"chosen by the loss on {self.auto_examples} of {dev} dev examples at every boundary"
 
     def derived_numbers(self) -> list[str]:
         """What follows from the configuration, a line each."""
         training, cascade, plan = self.config.training, self.config.cascade, self.plan
         sizes = ", ".join(f"{len(examples)} {split}" for split, examples in self.splits.items())
         lengths = [len(c.ids) for examples in self.splits.values() for e in examples for c in e.candidates]
-        trained = sum(one.A.numel() + one.B.numel() for one in self.weights)
-        frozen = sum(p.numel() for p in self.shape.parameters() if not p.requires_grad)
+        trained, frozen = (
+            sum(p.numel() for p in self.shape.parameters() if p.requires_grad is r) for r in (True, False)
+        )
         first = plan.expert(1)
         experts = (
             "1 expert" if plan.experts == 1 else f"{plan.experts} experts of about {plan.steps / plan.experts:g} steps"
         )
-        span = "over the whole run" if training.schedule_span == "run" else "once per expert"
-        warmup = compressed_warmup(
-            training.warmup_steps, plan.steps if training.schedule_span == "run" else first.steps, plan.steps
-        )
+        restarted = {"run": "over the whole run", "expert": "once per expert", "jagged": "over the whole run, jagged"}
+        restarts = self.schedule.span == "expert"
+        warmup = compressed_warmup(training.warmup_steps, first.steps if restarts else plan.steps, plan.steps)
+        jagged = self.schedule.span == "jagged" and plan.experts > 1
         lines = [
             f"task      {self.task.name}: {sizes}; sequences of {min(lengths)} to {max(lengths)} tokens,"
             f" {self.truncated} truncated; padded with token {self.data.pad_id}, masked by length",
@@ -81,43 +108,15 @@ class Preparation:
             f"batch     {training.batch_size} = {self.data.micro_batch_size} micro x {self.data.world_size}"
             f" {'process' if self.data.world_size == 1 else 'processes'} x {self.accumulation} accumulation",
             f"steps     {plan.steps} = {training.epochs:g} epochs x {self.data.steps_per_epoch}; {experts}",
-            f"cascade   strategy {cascade.strategy}: slow retention {self.slow_retention:g},"
-            f" noise intensity {self.noise_intensity:g}",
-            f"schedule  {training.schedule} from {training.learning_rate:g}, {span}, {warmup} warm-up steps",
+            f"cascade   strategy {cascade.strategy}: {', '.join(self.cascade_numbers())}",
+            f"schedule  {self.schedule.decay} from {training.learning_rate:g}, {restarted[self.schedule.span]},"
+            f" {warmup} warm-up steps"
+            + (f", {self.schedule.rewarmup(plan.expert(2))} after a restart" if jagged else ""),
         ]
-        unused = [
-            f"cascade.{key} {value:g}"
-            for key, value, used in (
-                ("slow_retention", cascade.slow_retention, STRATEGIES[cascade.strategy].averages),
-                ("noise_intensity", cascade.noise_intensity, STRATEGIES[cascade.strategy].noises),
-            )
-            if not used and value
-        ]
+        unused = unused_settings(cascade)
         if unused:
             lines.append(f"note      strategy {cascade.strategy} does not use {' and '.join(unused)}")
         return lines
-
-
-def make_plan(config: Config, steps_per_epoch: int) -> Plan:
-    """Experts over optimizer steps; by default one per epoch.
-
-    Raises:
-        ConfigError: more experts than steps.
-    """
-    steps = math.ceil(round(config.training.epochs * steps_per_epoch, 6))  # 0.1 * 30 is a little over 3
-    one_per_epoch = math.ceil(config.training.epochs) if STRATEGIES[config.cascade.strategy].many_experts else 1
-    experts = config.cascade.experts or one_per_epoch
-    if experts > steps:
-        raise ConfigError(
-            f"cascade.experts is {experts}, but {config.training.epochs:g} epochs of {steps_per_epoch} steps are only"
-            f" {steps} optimizer steps: an expert needs at least one; lower experts or raise training.epochs"
-        )
-    if config.training.warmup_steps >= steps:
-        raise ConfigError(
-            f"training.warmup_steps is {config.training.warmup_steps}, but the run has only {steps} optimizer steps:"
-            " lower it, or raise training.epochs"
-        )
-    return Plan(steps, experts)
 
 
 def evaluation_steps(config: Config, plan: Plan, epoch_ends: frozenset[int]) -> frozenset[int]:
@@ -125,6 +124,19 @@ def evaluation_steps(config: Config, plan: Plan, epoch_ends: frozenset[int]) -> 
         return frozenset([plan.steps])
     few_experts = plan.experts <= len(epoch_ends)
     return epoch_ends | ({expert.stop for expert in plan} if few_experts else set())
+
+
+def auto_examples(config: Config, plan: Plan, method: Method, dev_examples: int) -> int:
+    """Dev examples on which every candidate is tried at a boundary.
+
+    By default so many that they cost `AUTO_SHARE` of an expert's training: a forward pass each, where a training
+    example takes a forward and a backward pass, three times as much.
+    """
+    if not method.candidates:
+        return 0
+    trained = config.training.batch_size * plan.steps / plan.experts
+    affordable = max(1, int(AUTO_SHARE * 3 * trained / method.candidates))
+    return min(dev_examples, config.cascade.auto_examples or affordable)
 
 
 def micro_batch_size(training: TrainingConfig, world_size: int) -> int:
@@ -180,8 +192,12 @@ def prepare(config: Config, rank: int = 0, world_size: int = 1) -> Preparation:
         rank=rank,
         world_size=world_size,
     )
-    plan = make_plan(config, data.steps_per_epoch)
-    strategy = STRATEGIES[config.cascade.strategy]
+    steps = math.ceil(round(training.epochs * data.steps_per_epoch, 6))  # 0.1 * 30 is a little over 3
+    plan = make_plan(config.cascade, steps, training.epochs)
+    schedule = make_schedule(
+        config.cascade, plan, decay=training.schedule, span=training.schedule_span, warmup_steps=training.warmup_steps
+    )
+    method = make_method(config.cascade)
     epoch_ends = frozenset([*range(data.steps_per_epoch, plan.steps, data.steps_per_epoch), plan.steps])
     return Preparation(
         config=config,
@@ -192,8 +208,9 @@ def prepare(config: Config, rank: int = 0, world_size: int = 1) -> Preparation:
         splits=splits,
         data=data,
         plan=plan,
-        slow_retention=config.cascade.slow_retention if strategy.averages else 0.0,
-        noise_intensity=config.cascade.noise_intensity if strategy.noises else 0.0,
+        schedule=schedule,
+        method=method,
+        auto_examples=auto_examples(config, plan, method, len(splits["dev"])),
         evaluation_steps=evaluation_steps(config, plan, epoch_ends),
         selection_steps=epoch_ends,
         truncated=encoder.truncated,
@@ -205,6 +222,7 @@ def attach_adapters(config: Config, model: PreTrainedModel) -> list[AdaptedWeigh
     adapter = config.adapter
     return attach(
         model,
+        method=adapter.method,
         rank=adapter.rank,
         lora_alpha=adapter.lora_alpha,
         use_rslora=adapter.use_rslora,

@@ -75,8 +75,10 @@ class Tracker:
         self.expert = 0
         self.window: list[StepReport] = []
         self.learning_rate = 0.0
+        self.lr_ratios = {"pairs": 1.0}
         self.seconds, self.tokens = 0.0, 0
         self.boundary_seconds: list[float] = []
+        self.choosing_seconds = 0.0
         self.last_line = time.monotonic()
         self.headed = False
         self.status("running", "training")
@@ -134,6 +136,12 @@ class Tracker:
         for summary in hparams(plain, metrics):
             self.writer.file_writer.add_summary(summary)
 
+    def learning_rates(self, rates: dict[str, float]) -> None:
+        """The peak learning rate of every parameter group by its role, the first of which is the run's."""
+        first = next(iter(rates.values()))
+        self.lr_ratios = {role: rate / first for role, rate in rates.items()}
+        self.say(f"rates     {', '.join(f'{role} {rate:g}' for role, rate in rates.items())}, read from the optimizer")
+
     def trained(self, learning_rate: float, step: StepReport) -> None:
         """An optimizer step was taken. `log_steps` of them make a record, and so does what an expert leaves over."""
         self.step += 1
@@ -157,8 +165,9 @@ class Tracker:
             "tokens_per_second": sum(one.tokens for one in window) / sum(one.seconds for one in window),
         }
         self.record("step", values)
-        tags = ("train/loss", "train/lr/pairs", "train/grad_norm", "perf/tokens_per_second")
-        self.scalars(dict(zip(tags, values.values(), strict=True)))
+        tags = {"loss": "train/loss", "grad_norm": "train/grad_norm", "tokens_per_second": "perf/tokens_per_second"}
+        self.scalars({tag: values[key] for key, tag in tags.items()})
+        self.scalars({f"train/lr/{role}": self.learning_rate * ratio for role, ratio in self.lr_ratios.items()})
         state = f"loss {values['loss']:.4f}, {values['tokens_per_second']:,.0f} tokens/s"
         self.bar.set_description(f"expert {self.expert}/{self.experts}", refresh=False)
         self.bar.set_postfix_str(state)
@@ -170,21 +179,28 @@ class Tracker:
         """An expert begins; `values` say what that did, its `seconds` among them."""
         self.expert = expert
         self.boundary_seconds.append(values["seconds"])
+        self.choosing_seconds += values["choosing_seconds"]
         self.boundary("open", values)
 
     def closed(self, values: dict[str, Any]) -> None:
         """The expert has been merged."""
         self.record_window()
         self.boundary_seconds[-1] += values["seconds"]
+        self.choosing_seconds += values["choosing_seconds"]
         self.boundary("close", values)
 
     def boundary(self, event: str, values: dict[str, Any]) -> None:
-        """Records a boundary; a mapping of values by weight becomes its mean and a histogram."""
+        """Records a boundary; a mapping of values by weight becomes its mean and a histogram.
+
+        The dev losses of candidates are scalars, one for each.
+        """
         self.record(event, values)
         self.status("running", "training")
         for key, value in values.items():
             tag = f"lorasc/{event}/{key}"
-            if isinstance(value, dict):
+            if key.endswith("_losses"):
+                self.scalars({f"{tag}/{candidate:g}": loss for candidate, loss in value.items()})
+            elif isinstance(value, dict):
                 by_weight = np.array(list(value.values()))
                 self.scalars({tag: float(by_weight.mean())})
                 if self.writer is not None:
@@ -216,6 +232,7 @@ class Tracker:
         return {
             "train_seconds": self.seconds,
             "boundary_seconds": self.boundary_seconds,
+            "choosing_seconds": self.choosing_seconds,
             "tokens_per_second": self.tokens / self.seconds,
         }
 

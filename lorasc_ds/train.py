@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from transformers import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from lorasc_ds import models, run_directory
@@ -26,19 +25,18 @@ from lorasc_ds.config import Config
 from lorasc_ds.dry_run import report
 from lorasc_ds.errors import PeerError, RunError, StoppedError
 from lorasc_ds.memory import gpu_bytes
-from lorasc_ds.preparation import Preparation, prepare
+from lorasc_ds.preparation import Preparation, attach_adapters, prepare
 from lorasc_ds.sharding import Launch, detect, failing_together, sharded_loading, speaking_once_per_node, start
 from lorasc_ds.tasks import Scores
 from lorasc_ds.tracking import Tracker, results_table
 from lorasc_ds.trainer import Trainer, peak_memory
 
 
-def train(
-    preparation: Preparation, model: PreTrainedModel, accelerator: Accelerator, directory: Path, tracker: Tracker
-) -> dict[str, Any]:
+def train(trainer: Trainer, accelerator: Accelerator, directory: Path, tracker: Tracker) -> dict[str, Any]:
     """Run the cascade, write the model, and return the summary."""
-    trainer = Trainer(preparation, model, accelerator, directory)
+    preparation = trainer.preparation
     tracker.say(f"engine    {trainer.engine.name}, merges {trainer.backend.merge_path}")
+    tracker.learning_rates(trainer.learning_rates)
     cascade, selection = trainer.cascade, trainer.selection
 
     def score(when: str) -> Scores:
@@ -63,7 +61,7 @@ def train(
 
     last_sha256 = trainer.weights_sha256()
     selection.restore()
-    shipped_sha256 = trainer.weights_sha256()
+    selected_sha256, shipped_sha256 = trainer.weights_sha256(), trainer.shipped_sha256()
     trainer.save(directory / "model", shipped_sha256)
     trainer.processes.wait()  # the run is done when all are
     config, plan = preparation.config, preparation.plan
@@ -79,17 +77,19 @@ def train(
         "experts": plan.experts,
         "steps": plan.steps,
         "global_batch": config.training.batch_size,
-        "slow_retention": preparation.slow_retention,
-        "noise_intensity": preparation.noise_intensity,
+        "learning_rates": trainer.learning_rates,
+        "slow_retention": preparation.asked("slow_retention"),
+        "noise_intensity": preparation.asked("noise_intensity"),
         "eval": selection.scores or after,
         "eval_before": before,
         "timing": tracker.timing() | {"peak_memory_bytes": peak_memory(accelerator.device)},
         "base_sha256": trainer.base_sha256,
         "weights_sha256": last_sha256,
+        "shipped_sha256": shipped_sha256,
         "shipped": {
             "select": config.training.select,
             "step": selection.step or plan.steps,
-            "weights_sha256": shipped_sha256,
+            "weights_sha256": selected_sha256,
         },
     }
 
@@ -170,6 +170,7 @@ def run(invocation: Invocation) -> None:
     with failing_together(launch.rank, launch.world_size, record_failure):
         with sharded_loading(launch, accelerator, config.model.dtype):
             model = models.load_model(config.model)
+            weights = attach_adapters(config, model)  # here, since DoRA's magnitudes are made from whole weights
         if main:
             run_directory.begin(directory, config)
         with Tracker(
@@ -184,7 +185,8 @@ def run(invocation: Invocation) -> None:
             main=main,
         ) as tracker:
             tracker.configuration(to_yaml(config), run_directory.flatten(config.model_dump(mode="json")))
-            summary = train(preparation, model, accelerator, directory, tracker)
+            trainer = Trainer(preparation, model, weights, accelerator, directory)
+            summary = train(trainer, accelerator, directory, tracker)
             if main:
                 run_directory.write_json(directory / "summary.json", summary)
             tracker.status("done", "finished", exit_code=0)

@@ -14,14 +14,17 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lorasc_ds import models
-from lorasc_ds.adapters import AdaptedWeight, backbone_items
+from lorasc_ds.adapters import AdaptedWeight, backbone_items, other_matrices, parameter_groups
+from lorasc_ds.algorithm.dora import shipped_weight
 from lorasc_ds.algorithm.ledger import Adapter, Base, Ledger, digest
-from lorasc_ds.cascade import Cascade, pair_parameters
+from lorasc_ds.cascade import Boundaries
 from lorasc_ds.data import derived_seed
+from lorasc_ds.encoding import EncodedExample
 from lorasc_ds.errors import DivergedError
-from lorasc_ds.evaluation import evaluate, evaluation_mode
+from lorasc_ds.evaluation import evaluate, evaluation_mode, for_the_loss_alone
+from lorasc_ds.live_weights import LiveWeights
 from lorasc_ds.objectives import scored_logits, summed_loss
-from lorasc_ds.preparation import Preparation, attach_adapters
+from lorasc_ds.preparation import Preparation
 from lorasc_ds.sharding import Backend, Processes, prepare_engine
 from lorasc_ds.tasks import Scores
 from lorasc_ds.tracking import StepReport
@@ -41,6 +44,7 @@ class Selection:
         self.step = 0
         self.scores: Scores = {}
         self.copies: dict[str, Tensor] = {}
+        self.magnitudes: dict[str, Tensor] = {}
 
     def consider(self, step: int, scores: Scores) -> None:
         """Called on the weights that closing now would ship."""
@@ -49,6 +53,8 @@ class Selection:
             for one in self.weights:
                 with self.backend.edit(one.weight) as part:
                     self.copies[one.name] = part.flat.to("cpu", copy=True)
+                if one.magnitude is not None:
+                    self.magnitudes[one.name] = self.backend.read(one.magnitude)
 
     def restore(self) -> None:
         """Put the selected weights into the model; nothing to do with `last`."""
@@ -56,6 +62,8 @@ class Selection:
             if one.name in self.copies:
                 with self.backend.edit(one.weight) as part:
                     part.flat.copy_(self.copies[one.name])
+            if one.magnitude is not None and one.name in self.magnitudes:
+                self.backend.write(one.magnitude, self.magnitudes[one.name])
 
 
 class Trainer:
@@ -63,51 +71,66 @@ class Trainer:
 
     Args:
         module: the pretrained model; its weights may already be cut up.
+        weights: those of `module` that are adapted.
 
     Raises:
         ConfigError: the model lets a token see those after it.
     """
 
     def __init__(
-        self, preparation: Preparation, module: PreTrainedModel, accelerator: Accelerator, directory: Path
+        self,
+        preparation: Preparation,
+        module: PreTrainedModel,
+        weights: list[AdaptedWeight],
+        accelerator: Accelerator,
+        directory: Path,
     ) -> None:
         self.preparation = preparation
         self.module = module
+        self.weights = weights
         config, data = preparation.config, preparation.data
+        training = config.training
         self.processes = Processes(data.rank, data.world_size, accelerator.device)
-        self.weights = attach_adapters(config, module)
-        if config.training.gradient_checkpointing:
+        if training.gradient_checkpointing:
             module.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
-        optimizer = torch.optim.AdamW(
-            pair_parameters(self.weights), lr=config.training.learning_rate, weight_decay=config.training.weight_decay
-        )
-        frozen = [one.weight for one in self.weights]
+        others = other_matrices(module, weights) if preparation.method.noise_on == "all" else {}
+        groups = parameter_groups(weights, preparation.loraplus_lr_ratio)
+        self.learning_rates = {group["role"]: training.learning_rate * group["lr_ratio"] for group in groups}
+        optimizer = torch.optim.AdamW(groups, lr=training.learning_rate, weight_decay=training.weight_decay)
         self.engine, self.backend = prepare_engine(
             accelerator,
             self.processes,
             module,
             optimizer,
-            frozen,
+            [one.weight for one in weights],
             config.cascade.merge_path,
-            config.training.ddp_timeout,
+            training.ddp_timeout,
         )
+        found = self.engine.learning_rates(training.learning_rate)
+        if found != self.learning_rates:
+            raise RuntimeError(f"the engine trains at {found}, but {self.learning_rates} were asked for")
         self.engine.model.train()
         models.refuse_bidirectional(config.model, module, self.logits)
         self.base_sha256 = self.weights_sha256()
-        self.selection = Selection(config.training.select, self.weights, self.backend)
-        self.cascade = Cascade(
-            self.weights,
-            self.backend,
-            self.processes,
-            self.new_ledger(getattr(module.config, "_commit_hash", None), directory / "ledger"),
-            slow_retention=preparation.slow_retention,
-            noise_intensity=preparation.noise_intensity,
+        self.selection = Selection(training.select, weights, self.backend)
+        self.cascade = Boundaries(
+            LiveWeights(
+                weights,
+                self.backend,
+                self.processes,
+                seed=training.seed,
+                other_matrices=others,
+                projects_gradients=config.adapter.method == "lora-fa" and config.adapter.lorafa_projection,
+                accumulator=config.cascade.accumulator,
+            ),
+            self.new_ledger(getattr(module.config, "_commit_hash", None), directory / "ledger", tuple(others)),
+            preparation.method,
             probe=self.probe(),
-            accumulator=config.cascade.accumulator,
+            dev_loss=self.dev_loss,
             max_boundary_drift=config.cascade.max_boundary_drift,
         )
 
-    def new_ledger(self, commit: str | None, directory: Path) -> Ledger:
+    def new_ledger(self, commit: str | None, directory: Path, noised: tuple[str, ...]) -> Ledger:
         """An empty ledger, written by the main process; `commit` is the hub's, where the model came from there."""
         preparation, config = self.preparation, self.preparation.config
         ledger = Ledger(
@@ -116,9 +139,10 @@ class Trainer:
             base=Base(config.model.name_or_path, commit or config.model.revision, config.model.dtype, self.base_sha256),
             adapter=Adapter(config.adapter.method, config.adapter.rank, self.weights[0].scaling),
             seed=config.training.seed,
-            slow_retention=preparation.slow_retention,
-            noise_intensity=preparation.noise_intensity,
+            slow_retention=preparation.asked("slow_retention"),
+            noise_intensity=preparation.asked("noise_intensity"),
             weights=tuple(one.name for one in self.weights),
+            noised=noised,
         )
         if self.processes.main:
             ledger.save()
@@ -141,19 +165,42 @@ class Trainer:
         return logits
 
     def evaluate(self) -> Scores:
+        return self.scores(self.preparation.splits)
+
+    def scores(self, splits: dict[str, list[EncodedExample]]) -> Scores:
         return evaluate(
             self.engine.model,
             self.preparation.task,
-            self.preparation.splits,
+            splits,
             batch_size=self.preparation.config.training.eval_batch_size,
             pad_id=self.preparation.data.pad_id,
             processes=self.processes,
         )
 
+    def dev_loss(self) -> float:
+        """Of the model as it is, on the dev examples that a boundary chooses α and λ by."""
+        preparation = self.preparation
+        chosen = for_the_loss_alone(preparation.splits["dev"][: preparation.auto_examples], preparation.task)
+        return self.scores({"dev": chosen})["dev"]["loss"]
+
     def weights_sha256(self) -> str:
         """Digest of the adapted weights in use, in ledger order, as the main process has them."""
-        own = bytes.fromhex(digest(self.backend.full(one.weight) for one in self.weights))
-        return bytes(map(int, self.processes.broadcast(list(own)))).hex()
+        return self.of_main(digest(self.backend.full(one.weight) for one in self.weights))
+
+    def shipped_sha256(self) -> str:
+        """Digest of what `save` writes for the adapted weights: for DoRA `m·W/‖W‖`, else the weights in use."""
+        return self.of_main(digest(self.shipped(one) for one in self.weights))
+
+    def of_main(self, sha256: str) -> str:
+        return bytes(map(int, self.processes.broadcast(list(bytes.fromhex(sha256))))).hex()
+
+    def shipped(self, one: AdaptedWeight) -> Tensor:
+        """What a model without adapters computes alike with: whole on the main process."""
+        weight = self.backend.full(one.weight)
+        if one.magnitude is None:
+            return weight
+        magnitude = self.backend.read(one.magnitude)
+        return shipped_weight(weight, magnitude) if self.processes.main else weight
 
     def training_step(self, step: int, learning_rate: float) -> StepReport:
         """One optimizer step on its global batch.
@@ -186,7 +233,9 @@ class Trainer:
 
     def backbone(self) -> dict[str, Tensor]:
         """The merged model's tensors by name: whole on the main process, nothing on the others."""
-        whole: dict[int, Tensor] = {}  # tied tensors once
+        whole = {
+            id(one.weight): self.shipped(one) for one in self.weights
+        }  # by tensor, so that tied ones are read once
         items = list(backbone_items(self.module))
         for _, tensor in items:
             if id(tensor) not in whole:

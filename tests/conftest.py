@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lorasc_ds import train as train_module
-from lorasc_ds.cascade import Cascade
+from lorasc_ds.cascade import Boundaries
 from lorasc_ds.cli import parse_command_line
 from lorasc_ds.quickstart.make_base import make_tokenizer
 
@@ -89,15 +89,15 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Run]:
         invocation = parse_command_line([f"--output_dir={directory}", *arguments], RECIPE)
         assert not isinstance(invocation, str)
         closed: list[dict[str, torch.Tensor]] = []
-        close_expert = Cascade.close_expert
+        close_expert = Boundaries.close_expert
 
-        def close_and_copy(self: Cascade, expert: Any) -> Any:
+        def close_and_copy(self: Boundaries, expert: Any) -> Any:
             report = close_expert(self, expert)
             closed.append({one.name: one.weight.detach().clone() for one in self.weights})
             return report
 
         with monkeypatch.context() as patch:
-            patch.setattr(Cascade, "close_expert", close_and_copy)
+            patch.setattr(Boundaries, "close_expert", close_and_copy)
             train_module.run(invocation)
         return Run(directory, json.loads((directory / "summary.json").read_text()), closed)
 

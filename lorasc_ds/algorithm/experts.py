@@ -88,9 +88,35 @@ def std_of_delta(pair: Pair, scaling: float) -> float:
     return delta_statistics(pair, scaling).std
 
 
-def noise_scale(slow: Pair, scaling: float, noise_intensity: float) -> float:
-    """c = float32(λ·std(D(slow))): the width of the noise (eqs. 7 and 8). 0 while `slow_B` is 0."""
-    return torch.tensor(noise_intensity * std_of_delta(slow, scaling), dtype=torch.float32).item()
+def std_of_matrix(weight: Tensor) -> float:
+    """The standard deviation over all entries of a weight (for NoisyTune): float64 sums of rows, rows ascending."""
+    total = square = 0.0
+    for first in range(0, len(weight), 1024):
+        rows = weight[first : first + 1024].detach().cpu().double()
+        for row_total, row_square in zip(rows.sum(1).tolist(), rows.square().sum(1).tolist(), strict=True):
+            total += row_total
+            square += row_square
+    mean = total / weight.numel()
+    return math.sqrt(max(0.0, square / weight.numel() - mean * mean))
+
+
+def noise_scale(std: float, noise_intensity: float) -> float:
+    """c = float32(λ·std): the width of the noise (eqs. 7 and 8), with `std_of_delta` or `std_of_matrix`."""
+    return torch.tensor(noise_intensity * std, dtype=torch.float32).item()
+
+
+def gradient_projection(A: Tensor, scaling: float) -> Tensor:
+    """LoRA-FA's (AAᵀ)⁻¹/s² (arXiv 2308.03303): the gradient of `B` times it moves W as full fine-tuning would, at best.
+
+    Args:
+        A: (rank, in), as drawn.
+
+    Returns:
+        float32 of (rank, rank), on A's device; computed in float64.
+    """
+    gram = A.detach().cpu().double() @ A.detach().cpu().double().T
+    regular = gram + 1e-8 * torch.eye(len(gram), dtype=torch.float64)
+    return (torch.linalg.inv(regular) / scaling**2).float().to(A.device)
 
 
 def delta_inner_product(one: Pair, other: Pair, scaling: float) -> float:

@@ -83,7 +83,9 @@ class ExpertRecord:
 class Ledger:
     """See the module. `weights` are the names of the adapted weights, sorted as strings.
 
-    A name is the key under which `save_pretrained` writes the weight.
+    A name is the key under which `save_pretrained` writes the weight. `slow_retention` and `noise_intensity` are as
+    asked for, `auto` too; the experts' are as used. `noised` are the names of matrices that are not adapted and had
+    noise all the same, before the first expert (NoisyTune); their streams are counted on from the adapted ones'.
     """
 
     directory: Path
@@ -91,9 +93,10 @@ class Ledger:
     base: Base
     adapter: Adapter
     seed: int
-    slow_retention: float
-    noise_intensity: float
+    slow_retention: float | str
+    noise_intensity: float | str
     weights: tuple[str, ...]
+    noised: tuple[str, ...] = ()
     experts: list[ExpertRecord] = field(default_factory=list)
 
     def save(self) -> None:
@@ -111,6 +114,7 @@ class Ledger:
         noise_intensity: float,
         noise_scale: Mapping[str, float],
         slow: Mapping[str, Pair],
+        magnitudes: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Record the expert that has just closed: first its file, then the list.
 
@@ -119,17 +123,16 @@ class Ledger:
         """
         if index != len(self.experts) + 1:
             raise LedgerError(f"{self.directory}: expert {index} cannot follow expert {len(self.experts)}")
-        tensors = {}
-        for name in self.weights:
-            for part, tensor in zip(("slow_A", "slow_B"), slow[name], strict=True):
-                if not torch.isfinite(tensor).all():
-                    raise LedgerError(
-                        f"{self.directory}: {name}.{part} of expert {index} holds a number that is not finite"
-                    )
-                tensors[f"{name}.{part}"] = tensor.detach().float().cpu().contiguous()
+        tensors = {f"{name}.slow_A": slow[name].A for name in self.weights}
+        tensors |= {f"{name}.slow_B": slow[name].B for name in self.weights}
+        tensors |= {f"{name}.magnitude": magnitude for name, magnitude in (magnitudes or {}).items()}
+        for key, tensor in tensors.items():
+            if not torch.isfinite(tensor).all():
+                raise LedgerError(f"{self.directory}: {key} of expert {index} holds a number that is not finite")
+            tensors[key] = tensor.detach().float().cpu().contiguous()
         path = self.directory / f"expert_{index:04d}.safetensors"
         write_atomically(path, save(tensors))
-        scales = {name: noise_scale[name] for name in self.weights}
+        scales = {name: noise_scale.get(name, 0.0) for name in (*self.weights, *self.noised)}
         record = ExpertRecord(index, steps, slow_retention, noise_intensity, path.name, sha256_of_file(path), scales)
         self.experts.append(record)
         self.save()
@@ -156,6 +159,7 @@ class Ledger:
                 slow_retention=content["slow_retention"],
                 noise_intensity=content["noise_intensity"],
                 weights=tuple(content["weights"]),
+                noised=tuple(content["noised"]),
                 experts=experts,
             )
         except LedgerError:
@@ -213,3 +217,12 @@ class Ledger:
                     add_delta_(accumulator, pair, self.adapter.scaling)
                 yield name, accumulator.to(base.dtype).view(base.shape)
         self.compare_base(seen.hexdigest())
+
+    def replay_noised(self, base_weight: Callable[[str], Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """The matrices of `noised` as the run has them from its first expert on, as `replay` gives the adapted ones."""
+        for position, name in enumerate(self.noised, start=len(self.weights)):
+            base = base_weight(name)
+            noised = base.detach().float().flatten().clone()
+            for record in self.experts:
+                add_noise_(noised, Stream(self.seed, record.index, position, Purpose.NOISE), record.noise_scale[name])
+            yield name, noised.to(base.dtype).view(base.shape)

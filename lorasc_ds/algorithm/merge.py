@@ -95,3 +95,10 @@ def write_merged_(storage: Tensor, accumulator: Tensor, pair: Pair, scaling: flo
     for chunk_start, chunk_stop, delta in delta_chunks(pair, scaling, start, start + len(accumulator)):
         part = slice(chunk_start - start, chunk_stop - start)
         storage[part] = (accumulator[part] + delta).to(storage.dtype)
+
+
+def write_noisy_(storage: Tensor, accumulator: Tensor, stream: Stream, noise_scale: float, start: int = 0) -> None:
+    """storage <- round(accumulator + N), and nothing else; undone as `write_merged_` is."""
+    noisy = accumulator.clone()
+    add_noise_(noisy, stream, noise_scale, start)
+    storage.copy_(noisy)

@@ -5,7 +5,7 @@ All methods are collective: every process calls them in one order.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import NamedTuple, Protocol
 
@@ -38,6 +38,14 @@ class Engine(Protocol):
         """Add this process's share of the step's loss: the gradients of all processes are summed."""
         ...
 
+    def learning_rates(self, learning_rate: float) -> dict[str, float]:
+        """What every parameter group of the optimizer that takes the steps trains at where the run's rate is this one.
+
+        Returns:
+            the rate by the group's `role`.
+        """
+        ...
+
     def update(self, learning_rate: float, max_grad_norm: float | None) -> Tensor:
         """Clip and take the optimizer step.
 
@@ -65,23 +73,35 @@ class Backend(Protocol):
         ...
 
     def read(self, parameter: nn.Parameter) -> Tensor:
-        """A copy of a trainable parameter, whole, in float32."""
+        """A copy of a parameter of the adapters, whole, in float32: of its master, where it is trained."""
         ...
 
     def write(self, parameter: nn.Parameter, value: Tensor) -> None:
-        """Set a trainable parameter everywhere it lives: the master and the copy that computes."""
+        """Set a parameter of the adapters everywhere it lives: the master and the copy that computes."""
         ...
 
     def holds(self, parameter: nn.Parameter, value: Tensor) -> bool:
-        """Whether a trainable parameter is `value` everywhere this process keeps it."""
+        """Whether a parameter of the adapters is `value` everywhere this process keeps it."""
         ...
 
-    def empty_optimizer(self) -> None:
-        """Moments and step counts as before the first step, in place."""
+    def empty_optimizer(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Their moments and step counts as before the first step, in place; those of others stay.
+
+        Raises:
+            ConfigError: the optimizer counts the steps of one of them together with those of another parameter.
+        """
         ...
 
-    def optimizer_is_empty(self) -> bool:
+    def optimizer_is_empty(self, parameters: Sequence[nn.Parameter]) -> bool:
         """Whether `empty_optimizer` has just been called, read from the state itself."""
+        ...
+
+    def moments(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        """Copies of the moments of a trained parameter, whole, by the optimizer's names; {} before a step."""
+        ...
+
+    def write_moments(self, parameter: nn.Parameter, moments: Mapping[str, Tensor]) -> None:
+        """Set what `moments` gives."""
         ...
 
     def differing_replicas(self, weights: Sequence[nn.Parameter]) -> list[int]:

@@ -29,6 +29,10 @@ class TorchEngine:
     def backward(self, loss: Tensor) -> None:
         (loss * self.processes.world_size).backward()  # data parallel averages
 
+    def learning_rates(self, learning_rate: float) -> dict[str, float]:
+        set_learning_rate(self.optimizer, learning_rate)
+        return rates_of(self.optimizer)
+
     def update(self, learning_rate: float, max_grad_norm: float | None) -> Tensor:
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         norm = nn.utils.clip_grad_norm_(parameters, max_grad_norm or math.inf)
@@ -56,6 +60,10 @@ class DeepSpeedEngine:
         # DeepSpeed averages over ranks; the loss is already divided by what it is a mean of.
         self.model.backward(loss * self.processes.world_size, scale_wrt_gas=False)
 
+    def learning_rates(self, learning_rate: float) -> dict[str, float]:
+        set_learning_rate(self.model.optimizer, learning_rate)
+        return rates_of(self.model.basic_optimizer)
+
     def update(self, learning_rate: float, max_grad_norm: float | None) -> Tensor:
         set_learning_rate(self.model.optimizer, learning_rate)
         if self.model.zero_optimization_stage() == 0:
@@ -70,6 +78,11 @@ class DeepSpeedEngine:
 
 
 def set_learning_rate(optimizer: Any, learning_rate: float) -> None:
-    """One rate for all groups; ZeRO's wrappers share the groups of the optimizer they were given."""
+    """Every group's rate is its multiple of it; ZeRO's wrappers share the groups of the optimizer they were given."""
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate
+        group["lr"] = learning_rate * group["lr_ratio"]
+
+
+def rates_of(optimizer: Any) -> dict[str, float]:
+    """The rate of every parameter group, by its `role`."""
+    return {group["role"]: group["lr"] for group in optimizer.param_groups}

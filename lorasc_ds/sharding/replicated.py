@@ -2,41 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from lorasc_ds.sharding.backend import Slice
+from lorasc_ds.sharding.optimizer_state import empty_, is_empty, moment_names
 from lorasc_ds.sharding.processes import Processes
 
 # Integers of each size, to read a weight's bits.
 INTEGERS = {2: torch.int16, 4: torch.int32}
-
-
-def empty_(optimizer: torch.optim.Optimizer) -> None:
-    """State and step counts as before the first step, in place.
-
-    Zeroed, not removed: AdamW's zero state is its first state, nothing is allocated anew, and what an engine
-    has linked to the tensors stays linked.
-    """
-    for state in optimizer.state.values():
-        for key, value in state.items():
-            if isinstance(value, Tensor):
-                value.zero_()
-            else:
-                state[key] = type(value)(0)
-    for group in optimizer.param_groups:
-        if "step" in group:  # fused optimizers begin a new state's count there
-            group["step"] = 0
-
-
-def is_empty(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether every moment and step count is zero."""
-    values = [value for state in optimizer.state.values() for value in state.values()]
-    counts = [group.get("step", 0) for group in optimizer.param_groups]
-    return not any(bool(value.any()) if isinstance(value, Tensor) else bool(value) for value in (*values, *counts))
 
 
 class ReplicatedBackend:
@@ -56,19 +34,26 @@ class ReplicatedBackend:
         return tensor.detach()
 
     def read(self, parameter: nn.Parameter) -> Tensor:
-        return parameter.detach().clone()
+        return parameter.detach().to(torch.float32, copy=True)
 
     def write(self, parameter: nn.Parameter, value: Tensor) -> None:
         parameter.detach().copy_(value)
 
     def holds(self, parameter: nn.Parameter, value: Tensor) -> bool:
-        return torch.equal(parameter.detach(), value.to(parameter.device))
+        return torch.equal(parameter.detach(), value.to(parameter.device, parameter.dtype))
 
-    def empty_optimizer(self) -> None:
-        empty_(self.optimizer)
+    def empty_optimizer(self, parameters: Sequence[nn.Parameter]) -> None:
+        empty_(self.optimizer, parameters)
 
-    def optimizer_is_empty(self) -> bool:
-        return is_empty(self.optimizer)
+    def optimizer_is_empty(self, parameters: Sequence[nn.Parameter]) -> bool:
+        return is_empty(self.optimizer, parameters)
+
+    def moments(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        return {name: self.optimizer.state[parameter][name].clone() for name in moment_names(self.optimizer)}
+
+    def write_moments(self, parameter: nn.Parameter, moments: Mapping[str, Tensor]) -> None:
+        for name, value in moments.items():
+            self.optimizer.state[parameter][name].copy_(value)
 
     def differing_replicas(self, weights: Sequence[nn.Parameter]) -> list[int]:
         if self.processes.world_size == 1:
@@ -83,14 +68,36 @@ class ZeroBackend(ReplicatedBackend):
     The master is written back at every step, so that a parameter set without it would come back.
     """
 
+    def read(self, parameter: nn.Parameter) -> Tensor:
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        if parameter.dtype == torch.float32 or not parameter.requires_grad:  # then the copy has the master's bits
+            return super().read(parameter)
+        return cast(Tensor, safe_get_full_fp32_param(parameter))
+
     def write(self, parameter: nn.Parameter, value: Tensor) -> None:
         from deepspeed.utils import safe_set_full_fp32_param
 
         super().write(parameter, value)
-        safe_set_full_fp32_param(parameter, value.to(parameter.device))
+        if parameter.requires_grad:
+            safe_set_full_fp32_param(parameter, value.to(parameter.device))
 
     def holds(self, parameter: nn.Parameter, value: Tensor) -> bool:
         from deepspeed.utils import safe_get_full_fp32_param
 
+        if not parameter.requires_grad:
+            return super().holds(parameter, value)
         master = safe_get_full_fp32_param(parameter)
         return super().holds(parameter, value) and master is not None and torch.equal(master, value.to(master.device))
+
+    def moments(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        names = moment_names(self.optimizer)
+        return {name: cast(Tensor, safe_get_full_optimizer_state(parameter, name)) for name in names}
+
+    def write_moments(self, parameter: nn.Parameter, moments: Mapping[str, Tensor]) -> None:
+        from deepspeed.utils import safe_set_full_optimizer_state
+
+        for name, value in moments.items():
+            safe_set_full_optimizer_state(parameter, value, name)

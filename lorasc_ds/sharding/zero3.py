@@ -7,19 +7,25 @@ through documented calls; the reference.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
 from deepspeed.runtime.zero import GatheredParameters
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
-from deepspeed.utils import safe_get_full_fp32_param, safe_get_local_fp32_param, safe_set_local_fp32_param
+from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_get_local_fp32_param,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
+)
 from torch import Tensor, nn
 
 from lorasc_ds.sharding.backend import Slice
+from lorasc_ds.sharding.optimizer_state import empty_, is_empty, moment_names
 from lorasc_ds.sharding.processes import Processes
-from lorasc_ds.sharding.replicated import empty_, is_empty
 
 
 class Zero3Backend:
@@ -54,15 +60,35 @@ class Zero3Backend:
             return tensor.detach().to("cpu", copy=True) if self.processes.main else torch.empty(0, dtype=tensor.dtype)
 
     def read(self, parameter: nn.Parameter) -> Tensor:
-        # The copy that computes is float32 too, and is the master's after every step and every `write`.
+        if parameter.dtype != torch.float32 and parameter.requires_grad:
+            return cast(Tensor, safe_get_full_fp32_param(parameter))
+        # A copy in float32 is the master's after every step and every `write`.
         with GatheredParameters([parameter]):
-            return parameter.detach().clone()
+            return parameter.detach().to(torch.float32, copy=True)
 
-    def empty_optimizer(self) -> None:
-        empty_(self.optimizer.optimizer)
+    def own_part(self, parameter: nn.Parameter, value: Tensor) -> Tensor:
+        """What this rank keeps of a whole float32 tensor that is laid out as `parameter`, padded with zeros."""
+        size = cast(Any, parameter).ds_tensor.numel()
+        mine = value.flatten()[self.processes.rank * size : (self.processes.rank + 1) * size]
+        return nn.functional.pad(mine.to(self.processes.device, torch.float32), (0, size - len(mine)))
 
-    def optimizer_is_empty(self) -> bool:
-        return is_empty(self.optimizer.optimizer)
+    def write_master(self, parameter: nn.Parameter, value: Tensor) -> None:
+        if parameter.requires_grad:
+            safe_set_local_fp32_param(parameter, self.own_part(parameter, value))
+
+    def empty_optimizer(self, parameters: Sequence[nn.Parameter]) -> None:
+        empty_(self.optimizer, parameters)
+
+    def optimizer_is_empty(self, parameters: Sequence[nn.Parameter]) -> bool:
+        return is_empty(self.optimizer, parameters)
+
+    def moments(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        names = moment_names(self.optimizer)
+        return {name: cast(Tensor, safe_get_full_optimizer_state(parameter, name)) for name in names}
+
+    def write_moments(self, parameter: nn.Parameter, moments: Mapping[str, Tensor]) -> None:
+        for name, value in moments.items():
+            safe_set_local_optimizer_state(parameter, self.own_part(parameter, value), name)
 
     def differing_replicas(self, weights: Sequence[nn.Parameter]) -> list[int]:
         return []  # every element has one owner
@@ -82,12 +108,16 @@ class GatherBackend(Zero3Backend):
     def write(self, parameter: nn.Parameter, value: Tensor) -> None:
         with GatheredParameters([parameter], modifier_rank=0):
             parameter.detach().copy_(value)
-        safe_set_local_fp32_param(parameter, cast(Any, parameter).ds_tensor.data)
+        self.write_master(parameter, value)
         self.publish(parameter)
 
     def holds(self, parameter: nn.Parameter, value: Tensor) -> bool:
-        master = safe_get_full_fp32_param(parameter)
-        return all(torch.equal(held, value.to(held.device)) for held in (self.read(parameter), cast(Tensor, master)))
+        with GatheredParameters([parameter]):
+            computes = torch.equal(parameter.detach(), value.to(parameter.device, parameter.dtype))
+        if not parameter.requires_grad:
+            return computes
+        master = cast(Tensor, safe_get_full_fp32_param(parameter))
+        return computes and torch.equal(master, value.to(master.device))
 
 
 class LocalBackend(Zero3Backend):
@@ -110,19 +140,19 @@ class LocalBackend(Zero3Backend):
         self.settle(parameter)
         part = self.own(parameter)
         part.flat.copy_(value.flatten()[part.start : part.start + part.flat.numel()])
-        safe_set_local_fp32_param(parameter, cast(Any, parameter).ds_tensor.data)
+        self.write_master(parameter, value)
         self.publish(parameter)
 
     def holds(self, parameter: nn.Parameter, value: Tensor) -> bool:
         part = self.own(parameter)
         mine = value.flatten()[part.start : part.start + part.flat.numel()].to(part.flat.device)
-        master = cast(Tensor, safe_get_local_fp32_param(parameter))[: part.flat.numel()]
-        gathered = cast(Any, parameter).ds_status == ZeroParamStatus.AVAILABLE
-        return (
-            torch.equal(part.flat, mine)
-            and torch.equal(master.to(mine.device), mine)
-            and (not gathered or torch.equal(parameter.detach(), value.to(parameter.device)))
-        )
+        right = torch.equal(part.flat, mine.to(part.flat.dtype))
+        if parameter.requires_grad:
+            master = cast(Tensor, safe_get_local_fp32_param(parameter))[: part.flat.numel()]
+            right &= torch.equal(master.to(mine.device), mine)
+        if cast(Any, parameter).ds_status == ZeroParamStatus.AVAILABLE:  # kept whole
+            right &= torch.equal(parameter.detach(), value.to(parameter.device, parameter.dtype))
+        return right
 
 
 def marks(like: Tensor, start: int) -> Tensor:

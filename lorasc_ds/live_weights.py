@@ -1,0 +1,240 @@
+"""The adapted weights of a live run and the pairs on them, wherever an engine keeps them: what a boundary does to them.
+
+Everything is in place: the same tensors, the same optimizer object. Nothing is torn down and nothing grows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from lorasc_ds.adapters import AdaptedWeight
+from lorasc_ds.algorithm import experts, merge
+from lorasc_ds.algorithm.experts import Pair
+from lorasc_ds.algorithm.noise import Purpose, Stream
+from lorasc_ds.algorithm.pruning import prune_
+from lorasc_ds.method import Pruning
+from lorasc_ds.sharding import Backend, Processes, Slice
+
+PRUNING_STREAMS = 1 << 31  # as the weight index of a `Stream`: weights are fewer, so random pruning meets no noise
+
+
+class LiveWeights:
+    """The adapted weights, their accumulators, their pairs and the optimizer of these.
+
+    Args:
+        weights: the adapted weights in ledger order.
+        backend: edits them wherever they live.
+        processes: those of the run.
+        seed: draws the pairs, the noise and ReLoRA's random pruning.
+        other_matrices: frozen matrices besides the adapted ones that NoisyTune's noise falls on, in the ledger's order.
+        projects_gradients: LoRA-FA's projection of the gradient of `B`.
+        accumulator: `device`, or `host` memory, for the float32 sums behind bfloat16 weights.
+    """
+
+    def __init__(
+        self,
+        weights: Sequence[AdaptedWeight],
+        backend: Backend,
+        processes: Processes,
+        *,
+        seed: int,
+        other_matrices: Mapping[str, nn.Parameter] | None = None,
+        projects_gradients: bool = False,
+        accumulator: str = "device",
+    ) -> None:
+        self.weights = weights
+        self.backend = backend
+        self.processes = processes
+        self.seed = seed
+        self.other_matrices = other_matrices or {}
+        self.projects_gradients = projects_gradients
+        self.projections: dict[str, Tensor] = {}
+        if projects_gradients:
+            for one in weights:
+                one.B.register_hook(lambda gradient, name=one.name: gradient @ self.projections[name])
+        self.accumulators: dict[str, Tensor] = {}
+        for one in weights:
+            if one.weight.dtype != torch.float32:  # a float32 weight is its own accumulator
+                with backend.edit(one.weight) as part:
+                    device = part.flat.device if accumulator == "device" else torch.device("cpu")
+                    self.accumulators[one.name] = part.flat.to(device, torch.float32)
+
+    @property
+    def pair_parameters(self) -> list[nn.Parameter]:
+        """The trainable parameters of the pairs, in ledger order."""
+        return [parameter for one in self.weights for parameter in one.pair]
+
+    def accumulator_of(self, one: AdaptedWeight, part: Slice) -> Tensor:
+        return self.accumulators.get(one.name, part.flat)
+
+    def noise_stream(self, expert: int, position: int) -> Stream:
+        return Stream(self.seed, expert, position, Purpose.NOISE)
+
+    def stds(self) -> dict[str, float]:
+        """The standard deviation of every weight that NoisyTune's noise falls on, by name, the main process's."""
+        matrices = {one.name: one.weight for one in self.weights} | dict(self.other_matrices)
+        stds = []
+        for matrix in matrices.values():
+            whole = self.backend.full(matrix)
+            stds.append(experts.std_of_matrix(whole) if self.processes.main else 0.0)
+        return dict(zip(matrices, self.processes.broadcast(stds), strict=True))
+
+    def add_noise(self, expert: int, noise_scale: Mapping[str, float]) -> None:
+        """W <- W + N (eqs. 7, 8), with c by name."""
+        for position, one in enumerate(self.weights):
+            with self.backend.edit(one.weight) as part:
+                accumulator = self.accumulator_of(one, part)
+                stream = self.noise_stream(expert, position)
+                merge.add_noise_(accumulator, stream, noise_scale[one.name], part.start)
+                merge.round_into_(part.flat, accumulator)
+        for position, (name, matrix) in enumerate(self.other_matrices.items(), start=len(self.weights)):
+            if name in noise_scale:
+                with self.backend.edit(matrix) as part:
+                    noised = part.flat.float()
+                    merge.add_noise_(noised, self.noise_stream(expert, position), noise_scale[name], part.start)
+                    merge.round_into_(part.flat, noised)
+
+    def merge(self, pairs: Mapping[str, Pair]) -> Tensor:
+        """W <- W + D (eq. 12) and B <- 0.
+
+        Returns:
+            float64 of (2,) on the CPU: what `merge.merge_` returns, over the slices of this process.
+        """
+        squares = torch.zeros(2, dtype=torch.float64)
+        for one in self.weights:
+            with self.backend.edit(one.weight) as part:
+                accumulator = self.accumulator_of(one, part)
+                pair = pairs[one.name].to(accumulator.device)
+                squares += merge.merge_(part.flat, accumulator, pair, one.scaling, part.start).cpu()
+        self.clear_B()
+        return squares
+
+    @contextmanager
+    def as_if_noisy(self, expert: int, noise_scale: Mapping[str, float]) -> Iterator[None]:
+        """Inside, the adapted weights are what `add_noise` would make of them."""
+
+        def write(position: int, part: Slice, accumulator: Tensor) -> None:
+            c = noise_scale[self.weights[position].name]
+            merge.write_noisy_(part.flat, accumulator, self.noise_stream(expert, position), c, part.start)
+
+        with self.undone(write):
+            yield
+
+    @contextmanager
+    def as_if_merged(self, pairs: Mapping[str, Pair], fast: Mapping[str, Pair]) -> Iterator[None]:
+        """Inside, the model is what `merge` would make of it; `fast` are the pairs that are on it before and after."""
+
+        def write(position: int, part: Slice, accumulator: Tensor) -> None:
+            one = self.weights[position]
+            merge.write_merged_(part.flat, accumulator, pairs[one.name].to(accumulator.device), one.scaling, part.start)
+
+        def restore_B() -> None:
+            for one in self.weights:
+                self.backend.write(one.B, fast[one.name].B)
+
+        with self.undone(write, before=self.clear_B, after=restore_B):
+            yield
+
+    @contextmanager
+    def undone(
+        self,
+        write: Callable[[int, Slice, Tensor], None],
+        before: Callable[[], None] = lambda: None,
+        after: Callable[[], None] = lambda: None,
+    ) -> Iterator[None]:
+        """Inside, the weights in use are what `write` makes of them; after, the accumulators rounded again, to the bit.
+
+        Args:
+            write: given a weight's position, its slice and the accumulator, which it leaves as it is.
+            before, after: called besides, when all is written and when all is undone.
+        """
+        kept: dict[str, Tensor] = {}
+        for position, one in enumerate(self.weights):
+            with self.backend.edit(one.weight) as part:
+                if one.name not in self.accumulators:
+                    kept[one.name] = part.flat.clone()
+                write(position, part, self.accumulator_of(one, part))
+        before()
+
+        def undo() -> None:
+            for one in self.weights:
+                with self.backend.edit(one.weight) as part:
+                    merge.round_into_(part.flat, kept.get(one.name, self.accumulator_of(one, part)))
+            after()
+
+        try:
+            yield
+        except BaseException:
+            if self.processes.world_size == 1:  # else the run is over, and the others are not here to take part
+                undo()
+            raise
+        undo()
+
+    def clear_B(self) -> None:
+        for one in self.weights:
+            self.backend.write(one.B, torch.zeros(one.shape[0], one.rank, device=self.processes.device))
+
+    def pairs(self) -> dict[str, Pair]:
+        """The pairs as they are, whole, by name."""
+        return {one.name: Pair(self.backend.read(one.A), self.backend.read(one.B)) for one in self.weights}
+
+    def write_pairs(self, pairs: Mapping[str, Pair]) -> None:
+        for one in self.weights:
+            self.backend.write(one.A, pairs[one.name].A)
+            self.backend.write(one.B, pairs[one.name].B)
+
+    def restart_pairs(self, expert: int) -> dict[str, Pair]:
+        """Write a fresh pair onto every weight; returned by name."""
+        pairs: dict[str, Pair] = {}
+        for position, one in enumerate(self.weights):
+            stream = Stream(self.seed, expert, position, Purpose.FRESH_A)
+            pairs[one.name] = experts.fresh_pair(stream, *one.shape, rank=one.rank).to(self.processes.device)
+        self.write_pairs(pairs)
+        self.project_gradients(pairs)
+        return pairs
+
+    def project_gradients(self, pairs: Mapping[str, Pair]) -> None:
+        """From now on project the gradients of `B` by these `A`, where the method does."""
+        if self.projects_gradients:
+            self.projections = {o.name: experts.gradient_projection(pairs[o.name].A, o.scaling) for o in self.weights}
+
+    def prune_optimizer(self, expert: int, pruning: Pruning) -> tuple[float, list[str]]:
+        """Set a share of the pairs' moments to zero; step counts stay (ReLoRA).
+
+        Returns:
+            the share of their elements that are zero, read back; and which of them are not what was written.
+        """
+        zeros = elements = 0
+        wrong = []
+        for position, one in enumerate(self.weights):
+            for part, parameter in enumerate((one.A, one.B)):
+                if not parameter.requires_grad:
+                    continue
+                moments = self.backend.moments(parameter)
+                for number, name in enumerate(sorted(moments)):
+                    stream = self.noise_stream(expert, PRUNING_STREAMS + 4 * position + 2 * part + number)
+                    prune_(moments[name], pruning.method, pruning.fraction, stream)
+                self.backend.write_moments(parameter, moments)
+                for name, held in self.backend.moments(parameter).items():
+                    zeros += int((held == 0).sum())
+                    elements += held.numel()
+                    if not torch.equal(held, moments[name]):
+                        wrong.append(f"{one.name}.{'AB'[part]}: {name} is not what was written")
+        return zeros / elements, wrong
+
+    def differing(self, pairs: Mapping[str, Pair]) -> list[str]:
+        """Where the pairs are not `pairs` in every copy that this process keeps; asking may be collective."""
+        held = {
+            f"{one.name}.{part}": self.backend.holds(parameter, value)
+            for one in self.weights
+            for part, parameter, value in zip("AB", (one.A, one.B), pairs[one.name], strict=True)
+        }
+        return [f"{name} is not what was written" for name, right in held.items() if not right]
+
+    def magnitudes(self) -> dict[str, Tensor]:
+        """DoRA's magnitudes by name, copies; {} for the other methods."""
+        return {one.name: self.backend.read(one.magnitude) for one in self.weights if one.magnitude is not None}

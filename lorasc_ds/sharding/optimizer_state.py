@@ -1,0 +1,84 @@
+"""The state of an optimizer, by what it is kept for: a parameter, or several laid end to end by an engine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from lorasc_ds.errors import ConfigError
+
+
+class Unit(NamedTuple):
+    """Parameters with one state: `key` is what the optimizer keeps it under."""
+
+    parameters: Sequence[nn.Parameter]
+    key: Tensor
+
+
+def units_of(optimizer: Any) -> list[Unit]:
+    """The units of torch's optimizer, or of ZeRO's wrapper around one."""
+    if hasattr(optimizer, "single_partition_of_fp32_groups"):  # ZeRO-1 and 2: one for each group
+        return [
+            Unit(*pair) for pair in zip(optimizer.bit16_groups, optimizer.single_partition_of_fp32_groups, strict=True)
+        ]
+    if hasattr(optimizer, "fp32_partitioned_groups_flat"):  # ZeRO-3: one or more for each group
+        return [Unit(*pair) for pair in zip(optimizer.fp16_groups, optimizer.fp32_partitioned_groups_flat, strict=True)]
+    return [Unit([parameter], parameter) for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def restarting(optimizer: Any, parameters: Iterable[nn.Parameter]) -> Iterator[Unit]:
+    """The units that hold nothing but `parameters`.
+
+    Raises:
+        ConfigError: one holds others besides, whose step count would be lost with theirs.
+    """
+    wanted = {id(parameter) for parameter in parameters}
+    for unit in units_of(optimizer):
+        inside = [id(parameter) in wanted for parameter in unit.parameters]
+        if all(inside):
+            yield unit
+        elif any(inside):
+            raise ConfigError(
+                f"a parameter group holds {sum(inside)} parameters of LoRA pairs and {inside.count(False)} others, and"
+                " this engine counts their steps together: give the optimizer the pairs in groups of their own"
+            )
+
+
+def empty_(optimizer: Any, parameters: Sequence[nn.Parameter]) -> None:
+    """State and step counts of `parameters` as before the first step, in place.
+
+    Zeroed, not removed: AdamW's zero state is its first state, nothing is allocated anew, and what an engine
+    has linked to the tensors stays linked.
+    """
+    keys = set()
+    for unit in restarting(optimizer, parameters):
+        keys.add(id(unit.key))
+        state = optimizer.state.get(unit.key, {})
+        for name, value in state.items():
+            if isinstance(value, Tensor):
+                value.zero_()
+            else:
+                state[name] = type(value)(0)
+    for group in optimizer.param_groups:
+        if "step" in group and all(id(key) in keys for key in group["params"]):
+            group["step"] = 0  # fused optimizers begin a new state's count there
+
+
+def is_empty(optimizer: Any, parameters: Sequence[nn.Parameter]) -> bool:
+    """Whether every moment and step count of `parameters` is zero."""
+    keys = {id(unit.key): unit.key for unit in restarting(optimizer, parameters)}
+    values = [value for key in keys.values() for value in optimizer.state.get(key, {}).values()]
+    values += [
+        group.get("step", 0) for group in optimizer.param_groups if all(id(key) in keys for key in group["params"])
+    ]
+    return not any(bool(value.any()) if isinstance(value, Tensor) else bool(value) for value in values)
+
+
+def moment_names(optimizer: Any) -> list[str]:
+    """What the optimizer calls its moments: tensors as long as what they are kept for; [] before the first step."""
+    for unit in units_of(optimizer):
+        state = optimizer.state.get(unit.key, {})
+        return [name for name, value in state.items() if isinstance(value, Tensor) and value.shape == unit.key.shape]
+    return []

@@ -143,12 +143,12 @@ def saved_name(model: PreTrainedModel, path: str, shape: tuple[int, int]) -> str
 def attach(
     model: PreTrainedModel,
     *,
-    method: str,
     rank: int,
     lora_alpha: float,
     use_rslora: bool,
     dropout: float,
     target_modules: Sequence[str],
+    method: str = "lora",
 ) -> list[AdaptedWeight]:
     """Put a LoRA pair on every targeted layer, freeze everything else, and name the weights.
 

@@ -34,7 +34,7 @@ class Opening:
         noise_scale: c by name; 0 without noise.
         noise_change: change of the probe's logits by the noise, as `relative_change`.
         pruned: share of the moments' elements that are zero after pruning, read back; None where nothing is pruned.
-        choosing_seconds: of `seconds`, spent on candidates.
+        choosing_seconds: of `seconds`, spent on candidates; None where there are none.
         seconds: wall time, probes included.
     """
 
@@ -43,7 +43,7 @@ class Opening:
     noise_scale: dict[str, float]
     noise_change: float
     pruned: float | None
-    choosing_seconds: float
+    choosing_seconds: float | None
     seconds: float
 
 
@@ -60,7 +60,7 @@ class Closing:
         lost: share of D(slow), in norm, that the weights in use do not show, by rounding.
         averaging_change: change of the probe's logits as fast becomes slow; 0 with α = 0.
         drift: change of the probe's logits by the merge alone; bounded.
-        choosing_seconds: of `seconds`, spent on candidates.
+        choosing_seconds: of `seconds`, spent on candidates; None where there are none.
         seconds: wall time, probes included.
     """
 
@@ -72,7 +72,7 @@ class Closing:
     lost: float
     averaging_change: float
     drift: float
-    choosing_seconds: float
+    choosing_seconds: float | None
     seconds: float
 
 
@@ -83,11 +83,11 @@ def relative_change(before: Tensor, after: Tensor) -> float:
 
 @dataclass(slots=True)
 class Choice:
-    """Which of several values a boundary took, the dev loss of each, and how long that took."""
+    """The value a boundary took; the dev loss of every candidate and the time it took, where there are several."""
 
     value: float
     losses: dict[float, float] = field(default_factory=dict)
-    seconds: float = 0.0
+    seconds: float | None = None
 
 
 class Boundaries:

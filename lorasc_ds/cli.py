@@ -147,13 +147,17 @@ def did_you_mean(key: str, known: Sequence[str]) -> str:
 def explain(error: ValidationError, places: dict[str, str]) -> ConfigError:
     """A pydantic error as one line: the key, where it stands, the value, what is needed."""
     lines = []
+    told: dict[str, int] = {}  # the line of a key; members of a union and of a list are told in one
     for detail in error.errors():
         location = [str(part) for part in detail["loc"]]
         if location[:1] == ["task"] and len(location) > 2:
             del location[1]  # pydantic puts the task's name between `task` and the key
-        if location[:1] == ["adapter"] and location[1:2] == ["target_modules"]:
-            del location[2:]
-        key = ".".join(location)
+        key = ".".join(location[:2])
+        if key in told:
+            if detail["type"] == "literal_error":
+                lines[told[key]] += f" or {detail['ctx']['expected']}"
+            continue
+        told[key] = len(lines)
         context = detail.get("ctx", {})
         place = f" ({places[key]})" if key in places else ""
         if detail["type"] == "extra_forbidden":

@@ -179,14 +179,14 @@ class Tracker:
         """An expert begins; `values` say what that did, its `seconds` among them."""
         self.expert = expert
         self.boundary_seconds.append(values["seconds"])
-        self.choosing_seconds += values["choosing_seconds"]
+        self.choosing_seconds += values["choosing_seconds"] or 0.0
         self.boundary("open", values)
 
     def closed(self, values: dict[str, Any]) -> None:
         """The expert has been merged."""
         self.record_window()
         self.boundary_seconds[-1] += values["seconds"]
-        self.choosing_seconds += values["choosing_seconds"]
+        self.choosing_seconds += values["choosing_seconds"] or 0.0
         self.boundary("close", values)
 
     def boundary(self, event: str, values: dict[str, Any]) -> None:
@@ -227,12 +227,19 @@ class Tracker:
         )
         self.say(" | ".join((f"{when:<15}", *cells, f"{scores['dev']['loss']:8.3f}")))
 
+    def choosing(self, examples: int) -> dict[str, float]:
+        """What it cost to choose α and λ on `examples` dev examples, said and returned; `share` is of the training."""
+        share = self.choosing_seconds / (self.seconds + sum(self.boundary_seconds))
+        self.say(
+            f"auto      {self.choosing_seconds:.1f} s to choose on {examples} dev examples, {share:.1%} of the training"
+        )
+        return {"examples": examples, "seconds": self.choosing_seconds, "share": share}
+
     def timing(self) -> dict[str, Any]:
         """Seconds of all steps, seconds of each boundary, and tokens per second of steps."""
         return {
             "train_seconds": self.seconds,
             "boundary_seconds": self.boundary_seconds,
-            "choosing_seconds": self.choosing_seconds,
             "tokens_per_second": self.tokens / self.seconds,
         }
 

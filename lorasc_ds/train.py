@@ -78,6 +78,7 @@ def train(trainer: Trainer, accelerator: Accelerator, directory: Path, tracker: 
         "steps": plan.steps,
         "global_batch": config.training.batch_size,
         "learning_rates": trainer.learning_rates,
+        **({"auto": tracker.choosing(preparation.auto_examples)} if preparation.method.candidates else {}),
         "slow_retention": preparation.asked("slow_retention"),
         "noise_intensity": preparation.asked("noise_intensity"),
         "eval": selection.scores or after,

@@ -41,10 +41,11 @@ from engine_measures import (
 from transformers import PreTrainedModel
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+from lorasc_ds.adapters import AdaptedWeight
 from lorasc_ds.cli import parse_command_line
 from lorasc_ds.errors import ConfigError
 from lorasc_ds.models import load_model
-from lorasc_ds.preparation import Preparation, prepare
+from lorasc_ds.preparation import Preparation, attach_adapters, prepare
 from lorasc_ds.sharding import Launch, Slice, sharded_loading, start
 from lorasc_ds.trainer import Trainer
 
@@ -143,7 +144,9 @@ def cases() -> Iterator[Case]:
     yield Case("zero3-four-hpz-bfloat16", 4, zero3 | {"zero_hpz_partition_size": 2}, bf16)
 
 
-def load(case: Case, model: Path, rank: int) -> tuple[Preparation, Accelerator, PreTrainedModel, int]:
+def load(
+    case: Case, model: Path, rank: int
+) -> tuple[Preparation, Accelerator, PreTrainedModel, list[AdaptedWeight], int]:
     """What `train.run` has before it makes the trainer; and the most memory that loading the weights took."""
     settings = SETTINGS | {"model.name_or_path": model} | case.settings
     invocation = parse_command_line([f"--{key}={value}" for key, value in settings.items()], RECIPE)
@@ -163,13 +166,14 @@ def load(case: Case, model: Path, rank: int) -> tuple[Preparation, Accelerator, 
     )
     with PeakResident() as loading, sharded_loading(launch, accelerator, config.model.dtype):
         module = load_model(config.model)
-    return preparation, accelerator, module, loading.peak
+        weights = attach_adapters(config, module)
+    return preparation, accelerator, module, weights, loading.peak
 
 
 def make_trainer(case: Case, model: Path, folder: Path, rank: int) -> Trainer:
     """The run of a case, as `train.run` begins it."""
-    preparation, accelerator, module, _ = load(case, model, rank)
-    return Trainer(preparation, module, accelerator, folder)
+    preparation, accelerator, module, weights, _ = load(case, model, rank)
+    return Trainer(preparation, module, weights, accelerator, folder)
 
 
 def wrong_layout(case: Case, model: Path, folder: Path, rank: int) -> dict[str, str]:
@@ -209,7 +213,7 @@ def clean_state() -> Iterator[None]:
 
 def run_case(case: Case, model: Path, folder: Path, rank: int) -> dict[str, Any]:
     if case.measure == "loading":
-        *_, module, peak = load(case, model, rank)
+        _, _, module, _, peak = load(case, model, rank)
         size = sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in module.parameters())
         return {"peak": peak, "model": size}
     if case.measure == "layout":

@@ -72,8 +72,9 @@ def merged_from_given_pairs(trainer: Trainer) -> list[str]:
     for expert in trainer.preparation.plan:
         trainer.cascade.open_expert(expert)
         digests.append(trainer.weights_sha256())
-        for position, one in enumerate(trainer.weights):
-            trainer.cascade.write_pair(one, given_pair(expert.index, position, one.shape))
+        trainer.cascade.live.write_pairs(
+            {one.name: given_pair(expert.index, n, one.shape) for n, one in enumerate(trainer.weights)}
+        )
         trainer.cascade.close_expert(expert)
         digests.append(trainer.weights_sha256())
     return digests

@@ -14,12 +14,12 @@ import torch
 from accelerate import Accelerator
 from conftest import CASCADE, RECIPE, Start, base_weights
 
-from lorasc_ds import cascade as cascade_module
+from lorasc_ds import live_weights
 from lorasc_ds.algorithm.ledger import Ledger, digest
 from lorasc_ds.cli import parse_command_line
 from lorasc_ds.errors import DivergedError
 from lorasc_ds.models import QUICKSTART_BASE, load_model
-from lorasc_ds.preparation import prepare
+from lorasc_ds.preparation import attach_adapters, prepare
 from lorasc_ds.trainer import Trainer
 
 
@@ -28,7 +28,9 @@ def make_trainer(tmp_path: Path, **overrides: Any) -> Trainer:
     invocation = parse_command_line([f"--{key}={value}" for key, value in settings.items()], RECIPE)
     assert not isinstance(invocation, str)
     preparation = prepare(invocation.config)
-    return Trainer(preparation, load_model(invocation.config.model), Accelerator(mixed_precision="no"), tmp_path)
+    module = load_model(invocation.config.model)
+    weights = attach_adapters(invocation.config, module)
+    return Trainer(preparation, module, weights, Accelerator(mixed_precision="no"), tmp_path)
 
 
 def steps(trainer: Trainer, first: int, last: int) -> None:
@@ -89,9 +91,9 @@ def test_a_wrong_scaling_in_the_merge_stops_the_run(
     run: Start, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, dtype: str, wrong: float
 ) -> None:
     """In bfloat16, where rounding alone moves logits, a scaling that is forgotten or counted twice is seen."""
-    merge_ = cascade_module.merge.merge_
+    merge_ = live_weights.merge.merge_
     monkeypatch.setattr(
-        cascade_module.merge,
+        live_weights.merge,
         "merge_",
         lambda storage, acc, pair, s, start: merge_(storage, acc, pair, wrong * s, start),
     )

@@ -124,7 +124,7 @@ def test_help_tells_the_values_and_the_defaults(capsys: pytest.CaptureFixture[st
         main(["--help"], RECIPE)
     assert ended.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
-    assert 'One of: linear, cosine, constant. Default: "linear".' in text
+    assert "One of: linear, cosine, constant. Default: null." in text
     assert "One of: digits, text." in text
 
 

@@ -26,7 +26,7 @@ def outcome(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, s
 def test_more_experts_than_steps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, error = outcome(capsys, f"--output_dir={tmp_path / 'out'}", "--cascade.experts=4")
     assert code == 2
-    assert "cascade.experts is 4, but 1 epochs of 3 steps are only 3 optimizer steps" in error
+    assert "cascade.experts is 4, but 1 epochs are only 3 optimizer steps" in error
     assert not (tmp_path / "out").exists()
 
 

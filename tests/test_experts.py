@@ -64,8 +64,10 @@ def test_statistics_match_the_dense_matrix(name: str) -> None:
 
 def test_noise_scale_is_lambda_std_in_float32() -> None:
     pair = random_pair(20, 30, 4)
-    assert experts.noise_scale(pair, 2.0, 0.1) == reference.noise_scale(pair.A.numpy(), pair.B.numpy(), 2.0, 0.1)
-    assert experts.noise_scale(Pair(pair.A, torch.zeros_like(pair.B)), 2.0, 0.1) == 0.0
+    assert experts.noise_scale(experts.std_of_delta(pair, 2.0), 0.1) == reference.noise_scale(
+        pair.A.numpy(), pair.B.numpy(), 2.0, 0.1
+    )
+    assert experts.noise_scale(experts.std_of_delta(Pair(pair.A, torch.zeros_like(pair.B)), 2.0), 0.1) == 0.0
 
 
 def test_inner_product_matches_the_dense_matrices() -> None:

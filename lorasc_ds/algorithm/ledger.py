@@ -102,6 +102,8 @@ class Ledger:
     def save(self) -> None:
         """Write `ledger.json`; the files of the experts are written before they are listed."""
         content = {"format": FORMAT} | {key: value for key, value in asdict(self).items() if key != "directory"}
+        if not self.noised:
+            del content["noised"]
         self.directory.mkdir(exist_ok=True)
         write_atomically(self.directory / "ledger.json", json.dumps(content, indent=1).encode())
 
@@ -159,7 +161,7 @@ class Ledger:
                 slow_retention=content["slow_retention"],
                 noise_intensity=content["noise_intensity"],
                 weights=tuple(content["weights"]),
-                noised=tuple(content["noised"]),
+                noised=tuple(content.get("noised", ())),
                 experts=experts,
             )
         except LedgerError:

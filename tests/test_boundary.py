@@ -14,6 +14,7 @@ import torch
 from accelerate import Accelerator
 from conftest import CASCADE, RECIPE, Start, base_weights
 
+from lorasc_ds import cascade as cascade_module
 from lorasc_ds import live_weights
 from lorasc_ds.algorithm.ledger import Ledger, digest
 from lorasc_ds.cli import parse_command_line

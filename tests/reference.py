@@ -125,6 +125,7 @@ def learning_rate_factor(strategy: str, step: int, first: int, last: int, steps:
 
     if strategy == "relora":  # jagged: over the whole run, and every expert but the first climbs back to it
         w = math.ceil((last - first) / 10) if rewarmup is None else rewarmup
+        w = min(w, last - first - 1)  # a short last expert
         return (step - first + 1) / w * cosine(first + w) if first > 0 and step < first + w else cosine(step)
     if strategy == "cola":
         return 1 - step / steps
@@ -217,13 +218,13 @@ def algorithm_1(
     names = sorted(layers)
     weights = {name: others.pop(name) for name in names}
     fixed_A = adapter == "lora-fa"
-    pairs = [p for name in names for p in ([] if fixed_A else [layers[name].A]) + [layers[name].B]]
     magnitudes = {name: layers[name].m for name in names if adapter == "dora"}
+    pairs = [p for name in names for p in ([layers[name].B] if fixed_A else [layers[name].A, layers[name].B])]
+    ratio = {layers[name].B: loraplus_lr_ratio if adapter == "lora+" else 1.0 for name in names}
+    pairs.sort(key=lambda p: ratio.get(p, 1.0))  # LoRA+: the As, then the Bs. Clipping adds up norms in this order
     trained = [*pairs, *magnitudes.values()]
     for parameter in trained:
         parameter.requires_grad_(True)
-    rate_of_B = loraplus_lr_ratio if adapter == "lora+" else 1.0
-    ratio = {p: rate_of_B for p in trained if any(p is layers[name].B for name in names)}
     optimizer = torch.optim.AdamW([{"params": [p], "ratio": ratio.get(p, 1.0)} for p in trained], weight_decay=0.0)
     retention = slow_retention if strategy in ("slow", "lorasc") else 0.0
     if restart_interval is None:

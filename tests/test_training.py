@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,31 +21,36 @@ from lorasc_ds.cli import parse_command_line
 from lorasc_ds.data import derived_seed
 from lorasc_ds.evaluation import evaluation_mode
 from lorasc_ds.models import QUICKSTART_BASE
-from lorasc_ds.preparation import prepare
+from lorasc_ds.preparation import Preparation, prepare
 from lorasc_ds.trainer import Trainer
 
 
-def plain_run(directory: Path, **settings: Any) -> list[reference.Closed]:
-    """The method without the package, on the batches of the run in `directory`.
-
-    `settings` say what the method is; from the package come the batches and numbers that need no reading.
-    """
+def preparation_of(directory: Path) -> Preparation:
     invocation = parse_command_line([f"--config={directory / 'config.yaml'}"], RECIPE)
     assert not isinstance(invocation, str)
-    preparation = prepare(invocation.config)
-    training = invocation.config.training
+    return prepare(invocation.config)
+
+
+def batches_of(preparation: Preparation) -> Callable[[int], list[tuple[torch.Tensor, torch.Tensor, int]]]:
+    """The micro batches of every step of a run, as the reference wants them."""
+    data = preparation.data
 
     def batch_of_step(step: int) -> list[tuple[torch.Tensor, torch.Tensor, int]]:
         return [
-            (micro.batch.input_ids, micro.batch.token_target, derived_seed(training.seed, step, micro.first))
-            for micro in preparation.data.step(step).micro_batches
+            (micro.batch.input_ids, micro.batch.token_target, derived_seed(data.seed, step, micro.first))
+            for micro in data.step(step).micro_batches
         ]
 
+    return batch_of_step
+
+
+def plain_run(directory: Path, **settings: Any) -> list[reference.Closed]:
+    """The method that `settings` describe, without the package, on the batches of the run in `directory`."""
+    preparation = preparation_of(directory)
+    training = preparation.config.training
     plain = {
-        "model": AutoModelForCausalLM.from_pretrained(QUICKSTART_BASE),
-        "batch_of_step": batch_of_step,
         "steps": preparation.plan.steps,
-        "rank": invocation.config.adapter.rank,
+        "rank": preparation.config.adapter.rank,
         "s": 2.0,
         "slow_retention": 0.6,
         "noise_intensity": 1.0,
@@ -52,7 +58,8 @@ def plain_run(directory: Path, **settings: Any) -> list[reference.Closed]:
         "max_grad_norm": training.max_grad_norm,
         "seed": training.seed,
     }
-    return reference.algorithm_1(**(plain | settings))
+    model = settings.pop("model", None) or AutoModelForCausalLM.from_pretrained(QUICKSTART_BASE)
+    return reference.algorithm_1(model, batches_of(preparation), **(plain | settings))
 
 
 @pytest.mark.parametrize(

@@ -215,6 +215,18 @@ def find(model: PreTrainedModel) -> list[AdaptedWeight]:
     return sorted(weights, key=lambda one: one.name)
 
 
+def base_model(model: nn.Module) -> PreTrainedModel:
+    """The Hugging Face model inside what engines and PEFT put around it.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            return module
+    raise ConfigError(f"there is no Hugging Face model in this {type(model).__name__}")
+
+
 def lora_of(model: nn.Module, path: str) -> LoraLinear:
     layer = model.get_submodule(path)
     assert isinstance(layer, LoraLinear)

@@ -162,6 +162,27 @@ class Boundaries:
             seconds=time.perf_counter() - began,
         )
 
+    def resume(self, expert: Expert | None, noise_intensity: float, noise_scale: Mapping[str, float]) -> None:
+        """Do to the pretrained weights what the run did until now: the closed experts are in the ledger.
+
+        The pairs and the optimizer are as they were.
+
+        Args:
+            expert: the one that is open, if any.
+            noise_intensity, noise_scale: as `Opening` gave them for `expert`.
+        """
+        for record, slow in self.ledger.closed():
+            self.live.replay(record.index, record.noise_scale, slow)
+            self.slow = {name: pair.to(self.processes.device) for name, pair in slow.items()}
+        if expert is None:
+            return
+        fresh = self.live.fresh_pairs(expert.index)
+        if expert.index == 1:
+            self.slow = fresh
+        self.live.project_gradients(fresh)
+        self.noise_intensity, self.noise_scale = noise_intensity, dict(noise_scale)
+        self.live.replay(expert.index, noise_scale, None)
+
     def choose_noise(self, expert: Expert) -> Choice:
         """λ and c for opening `expert`: in proportion to std(D(slow)), or for NoisyTune to std(W₀)."""
         stds = self.live.stds() if self.method.noise == "once" else self.stds_of_slow()

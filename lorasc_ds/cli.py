@@ -155,7 +155,7 @@ def explain(error: ValidationError, places: dict[str, str]) -> ConfigError:
         key = ".".join(location[:2])
         if key in told:
             if detail["type"] == "literal_error":
-                lines[told[key]] += f" or {detail['ctx']['expected']}"
+                lines[told[key]] += f" or {detail.get('ctx', {}).get('expected')}"
             continue
         told[key] = len(lines)
         context = detail.get("ctx", {})

@@ -7,18 +7,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lorasc_ds.adapters import AdaptedWeight
+from lorasc_ds.adapters import AdaptedWeight, backbone_items
 from lorasc_ds.algorithm import experts, merge
+from lorasc_ds.algorithm.dora import shipped_weight
 from lorasc_ds.algorithm.experts import Pair
+from lorasc_ds.algorithm.ledger import digest
 from lorasc_ds.algorithm.noise import Purpose, Stream
-from lorasc_ds.algorithm.pruning import prune_
+from lorasc_ds.algorithm.pruning import pruned_elements
 from lorasc_ds.method import Pruning
+from lorasc_ds.models import read_weights, save_model
 from lorasc_ds.sharding import Backend, Processes, Slice
 
+FIRST_MOMENT = "exp_avg"  # as Adam, AdamW and DeepSpeed's call it
 PRUNING_STREAMS = 1 << 31  # as the weight index of a `Stream`: weights are fewer, so random pruning meets no noise
 
 
@@ -113,6 +119,20 @@ class LiveWeights:
         self.clear_B()
         return squares
 
+    def replay(self, expert: int, noise_scale: Mapping[str, float], pairs: Mapping[str, Pair] | None) -> None:
+        """Do to the weights what an earlier run did at one expert: its noise, then its merge, if it has closed.
+
+        The pairs that are on the model stay as they are.
+        """
+        self.add_noise(expert, noise_scale)
+        if pairs is None:
+            return
+        for one in self.weights:
+            with self.backend.edit(one.weight) as part:
+                accumulator = self.accumulator_of(one, part)
+                merge.add_delta_(accumulator, pairs[one.name].to(accumulator.device), one.scaling, part.start)
+                merge.round_into_(part.flat, accumulator)
+
     @contextmanager
     def as_if_noisy(self, expert: int, noise_scale: Mapping[str, float]) -> Iterator[None]:
         """Inside, the adapted weights are what `add_noise` would make of them."""
@@ -187,12 +207,17 @@ class LiveWeights:
             self.backend.write(one.A, pairs[one.name].A)
             self.backend.write(one.B, pairs[one.name].B)
 
-    def restart_pairs(self, expert: int) -> dict[str, Pair]:
-        """Write a fresh pair onto every weight; returned by name."""
+    def fresh_pairs(self, expert: int) -> dict[str, Pair]:
+        """What `expert` begins with, by name."""
         pairs: dict[str, Pair] = {}
         for position, one in enumerate(self.weights):
             stream = Stream(self.seed, expert, position, Purpose.FRESH_A)
             pairs[one.name] = experts.fresh_pair(stream, *one.shape, rank=one.rank).to(self.processes.device)
+        return pairs
+
+    def restart_pairs(self, expert: int) -> dict[str, Pair]:
+        """Write a fresh pair onto every weight; returned by name."""
+        pairs = self.fresh_pairs(expert)
         self.write_pairs(pairs)
         self.project_gradients(pairs)
         return pairs
@@ -215,9 +240,10 @@ class LiveWeights:
                 if not parameter.requires_grad:
                     continue
                 moments = self.backend.moments(parameter)
-                for number, name in enumerate(sorted(moments)):
-                    stream = self.noise_stream(expert, PRUNING_STREAMS + 4 * position + 2 * part + number)
-                    prune_(moments[name], pruning.method, pruning.fraction, stream)
+                stream = self.noise_stream(expert, PRUNING_STREAMS + 2 * position + part)
+                chosen = pruned_elements(moments[FIRST_MOMENT], pruning.method, pruning.fraction, stream)
+                for moment in moments.values():
+                    moment.view(-1)[chosen] = 0
                 self.backend.write_moments(parameter, moments)
                 for name, held in self.backend.moments(parameter).items():
                     zeros += int((held == 0).sum())
@@ -238,3 +264,46 @@ class LiveWeights:
     def magnitudes(self) -> dict[str, Tensor]:
         """DoRA's magnitudes by name, copies; {} for the other methods."""
         return {one.name: self.backend.read(one.magnitude) for one in self.weights if one.magnitude is not None}
+
+    def weights_sha256(self) -> str:
+        """Digest of the adapted weights in use, in ledger order, as the main process has them."""
+        return self.of_main(digest(self.backend.full(one.weight) for one in self.weights))
+
+    def shipped_sha256(self) -> str:
+        """Digest of what `save` writes for the adapted weights: for DoRA `m·W/‖W‖`, else the weights in use."""
+        return self.of_main(digest(self.shipped(one) for one in self.weights))
+
+    def of_main(self, sha256: str) -> str:
+        return bytes(map(int, self.processes.broadcast(list(bytes.fromhex(sha256))))).hex()
+
+    def shipped(self, one: AdaptedWeight) -> Tensor:
+        """What a model without adapters computes alike with: whole on the main process."""
+        weight = self.backend.full(one.weight)
+        if one.magnitude is None:
+            return weight
+        magnitude = self.backend.read(one.magnitude)
+        return shipped_weight(weight, magnitude) if self.processes.main else weight
+
+    def save(
+        self, model: PreTrainedModel, directory: Path, tokenizer: PreTrainedTokenizerBase | None, sha256: str
+    ) -> None:
+        """Write the merged model as a plain Hugging Face one, from the main process.
+
+        Args:
+            sha256: what its adapted weights, read back, must have.
+        """
+        whole = {id(one.weight): self.shipped(one) for one in self.weights}  # by tensor: tied ones are read once
+        items = list(backbone_items(model))
+        for _, tensor in items:
+            if id(tensor) not in whole:
+                whole[id(tensor)] = self.backend.full(tensor)
+        if not self.processes.main:
+            return
+        names = [one.name for one in self.weights]
+
+        def check(folder: Path) -> None:
+            found = read_weights(folder, names)
+            if digest(found[name] for name in names) != sha256:
+                raise RuntimeError(f"{folder} holds other weights than the live model")
+
+        save_model(model, {name: whole[id(tensor)] for name, tensor in items}, tokenizer, directory, check)

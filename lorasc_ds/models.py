@@ -128,7 +128,7 @@ def vocabulary_size(model: PreTrainedModel) -> int:
 def save_model(
     model: PreTrainedModel,
     backbone: dict[str, Tensor],
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | None,
     directory: Path,
     check: Callable[[Path], None],
 ) -> None:
@@ -141,7 +141,8 @@ def save_model(
     temporary = directory.with_name(f".tmp-{directory.name}")
     shutil.rmtree(temporary, ignore_errors=True)
     model.save_pretrained(temporary, state_dict=backbone)
-    tokenizer.save_pretrained(temporary)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(temporary)
     check(temporary)
     umask = os.umask(0)
     os.umask(umask)

@@ -61,7 +61,7 @@ def train(trainer: Trainer, accelerator: Accelerator, directory: Path, tracker: 
 
     last_sha256 = trainer.weights_sha256()
     selection.restore()
-    selected_sha256, shipped_sha256 = trainer.weights_sha256(), trainer.shipped_sha256()
+    selected_sha256, shipped_sha256 = trainer.weights_sha256(), trainer.live.shipped_sha256()
     trainer.save(directory / "model", shipped_sha256)
     trainer.processes.wait()  # the run is done when all are
     config, plan = preparation.config, preparation.plan

@@ -14,9 +14,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lorasc_ds import models
-from lorasc_ds.adapters import AdaptedWeight, backbone_items, other_matrices, parameter_groups
-from lorasc_ds.algorithm.dora import shipped_weight
-from lorasc_ds.algorithm.ledger import Adapter, Base, Ledger, digest
+from lorasc_ds.adapters import AdaptedWeight, other_matrices, parameter_groups
+from lorasc_ds.algorithm.ledger import Adapter, Base, Ledger
 from lorasc_ds.cascade import Boundaries
 from lorasc_ds.data import derived_seed
 from lorasc_ds.encoding import EncodedExample
@@ -109,20 +108,21 @@ class Trainer:
         found = self.engine.learning_rates(training.learning_rate)
         if found != self.learning_rates:
             raise RuntimeError(f"the engine trains at {found}, but {self.learning_rates} were asked for")
+        self.live = LiveWeights(
+            weights,
+            self.backend,
+            self.processes,
+            seed=training.seed,
+            other_matrices=others,
+            projects_gradients=config.adapter.method == "lora-fa" and config.adapter.lorafa_projection,
+            accumulator=config.cascade.accumulator,
+        )
         self.engine.model.train()
         models.refuse_bidirectional(config.model, module, self.logits)
         self.base_sha256 = self.weights_sha256()
         self.selection = Selection(training.select, weights, self.backend)
         self.cascade = Boundaries(
-            LiveWeights(
-                weights,
-                self.backend,
-                self.processes,
-                seed=training.seed,
-                other_matrices=others,
-                projects_gradients=config.adapter.method == "lora-fa" and config.adapter.lorafa_projection,
-                accumulator=config.cascade.accumulator,
-            ),
+            self.live,
             self.new_ledger(getattr(module.config, "_commit_hash", None), directory / "ledger", tuple(others)),
             preparation.method,
             probe=self.probe(),
@@ -184,23 +184,7 @@ class Trainer:
         return self.scores({"dev": chosen})["dev"]["loss"]
 
     def weights_sha256(self) -> str:
-        """Digest of the adapted weights in use, in ledger order, as the main process has them."""
-        return self.of_main(digest(self.backend.full(one.weight) for one in self.weights))
-
-    def shipped_sha256(self) -> str:
-        """Digest of what `save` writes for the adapted weights: for DoRA `m·W/‖W‖`, else the weights in use."""
-        return self.of_main(digest(self.shipped(one) for one in self.weights))
-
-    def of_main(self, sha256: str) -> str:
-        return bytes(map(int, self.processes.broadcast(list(bytes.fromhex(sha256))))).hex()
-
-    def shipped(self, one: AdaptedWeight) -> Tensor:
-        """What a model without adapters computes alike with: whole on the main process."""
-        weight = self.backend.full(one.weight)
-        if one.magnitude is None:
-            return weight
-        magnitude = self.backend.read(one.magnitude)
-        return shipped_weight(weight, magnitude) if self.processes.main else weight
+        return self.live.weights_sha256()
 
     def training_step(self, step: int, learning_rate: float) -> StepReport:
         """One optimizer step on its global batch.
@@ -231,35 +215,14 @@ class Trainer:
             )
         return StepReport(loss_sum, norm, int(tokens), time.perf_counter() - began)
 
-    def backbone(self) -> dict[str, Tensor]:
-        """The merged model's tensors by name: whole on the main process, nothing on the others."""
-        whole = {
-            id(one.weight): self.shipped(one) for one in self.weights
-        }  # by tensor, so that tied ones are read once
-        items = list(backbone_items(self.module))
-        for _, tensor in items:
-            if id(tensor) not in whole:
-                whole[id(tensor)] = self.backend.full(tensor)
-        return {name: whole[id(tensor)] for name, tensor in items} if self.processes.main else {}
-
     def save(self, directory: Path, sha256: str) -> None:
-        """Write the merged model, read its adapted weights back and compare digests; or a note, if not asked for."""
-        if not self.preparation.config.training.save_model:
-            if self.processes.main:
-                directory.mkdir()
-                note = "training.save_model was false: the ledger and the base model give these weights.\n"
-                (directory / "NOT_SAVED.txt").write_text(note)
-            return
-        names = [one.name for one in self.weights]
-
-        def check(folder: Path) -> None:
-            found = models.read_weights(folder, names)
-            if digest(found[name] for name in names) != sha256:
-                raise RuntimeError(f"{folder} holds other weights than the live model")
-
-        backbone = self.backbone()
-        if self.processes.main:
-            models.save_model(self.module, backbone, self.preparation.tokenizer, directory, check)
+        """Write the merged model, whose adapted weights have `sha256`; or a note, if not asked for."""
+        if self.preparation.config.training.save_model:
+            self.live.save(self.module, directory, self.preparation.tokenizer, sha256)
+        elif self.processes.main:
+            directory.mkdir()
+            note = "training.save_model was false: the ledger and the base model give these weights.\n"
+            (directory / "NOT_SAVED.txt").write_text(note)
 
 
 def peak_memory(device: torch.device) -> int:

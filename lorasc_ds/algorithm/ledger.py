@@ -174,6 +174,13 @@ class Ledger:
                 raise LedgerError(f"{file} is missing or not the file that was written (sha256 differs)")
         return ledger
 
+    def closed(self) -> Iterator[tuple[ExpertRecord, dict[str, Pair]]]:
+        """Every closed expert with its slow pairs by name."""
+        for record in self.experts:
+            with safe_open(self.directory / record.file, framework="pt") as file:
+                pairs = {n: Pair(*(file.get_tensor(f"{n}.slow_{part}") for part in "AB")) for n in self.weights}
+            yield record, pairs
+
     def check_base(self, weights: Iterable[Tensor]) -> None:
         """Compare the adapted weights of a pretrained model, in ledger order, with those the run began with.
 

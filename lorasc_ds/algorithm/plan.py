@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -50,6 +51,10 @@ class Plan:
 
     def expert(self, index: int) -> Expert:
         return Expert(index, self.stop(index - 1), self.stop(index))
+
+    def expert_at(self, step: int) -> Expert:
+        """The one that trains on optimizer step `step` of the run."""
+        return self.expert(1 + bisect_right(range(1, self.experts + 1), step, key=self.stop))
 
     def __iter__(self) -> Iterator[Expert]:
         return (self.expert(index) for index in range(1, self.experts + 1))

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
 
 from lorasc_ds.errors import ConfigError
@@ -27,6 +29,7 @@ __all__ = [
     "detect",
     "failing_together",
     "prepare_engine",
+    "reach",
     "sharded_loading",
     "speaking_once_per_node",
     "start",
@@ -77,26 +80,48 @@ def prepare_engine(
     """
     model, prepared = accelerator.prepare(model, optimizer)
     bound_waiting(timedelta(seconds=timeout_seconds))
+    backend = reach(prepared, processes, weights, merge_path)
     if accelerator.state.deepspeed_plugin is None:
-        return TorchEngine(model, optimizer, processes), ReplicatedBackend(optimizer, processes)
-    engine = DeepSpeedEngine(model, processes)
-    if engine.name == "zero0":
-        return engine, ReplicatedBackend(prepared.optimizer, processes)
-    if engine.name != "zero3":
-        return engine, ZeroBackend(prepared.optimizer, processes)
+        return TorchEngine(model, optimizer, processes), backend
+    return DeepSpeedEngine(model, processes), backend
+
+
+def reach(optimizer: Any, processes: Processes, weights: Sequence[nn.Parameter], merge_path: str) -> Backend:
+    """Find how the weights of a prepared model and its optimizer are reached.
+
+    Args:
+        optimizer: as `Accelerator.prepare` gave it, or torch's.
+        weights: the frozen weights that boundaries edit.
+        merge_path: `cascade.merge_path`.
+
+    Raises:
+        ConfigError: `merge_path` is `local`, and slices do not lie where they are looked for; or this optimizer keeps
+            copies of the pairs that are not known here.
+    """
+    if isinstance(optimizer, AcceleratedOptimizer):  # around torch's optimizer, or ZeRO's wrapper of one
+        optimizer = optimizer.optimizer
+    if not hasattr(weights[0], "ds_id"):
+        if isinstance(optimizer, torch.optim.Optimizer):
+            return ReplicatedBackend(optimizer, processes)
+        if hasattr(optimizer, "single_partition_of_fp32_groups"):
+            return ZeroBackend(optimizer, processes)
+        raise ConfigError(
+            f"{type(optimizer).__name__} keeps copies of the pairs that are not known here: take torch's AdamW, or"
+            " ZeRO-1, 2 or 3"
+        )
     from lorasc_ds.sharding.zero3 import GatherBackend, LocalBackend, local_edits_work
 
-    gather, local = GatherBackend(prepared.optimizer, processes), LocalBackend(prepared.optimizer, processes)
+    gather, local = GatherBackend(optimizer, processes), LocalBackend(optimizer, processes)
     if merge_path == "gather":
         gather.merge_path = "gather: one weight at a time, as cascade.merge_path asks"
-        return engine, gather
+        return gather
     if local_edits_work(local, weights):
         local.merge_path = "local: each rank edits its own slices, tried on the live model"
-        return engine, local
+        return local
     if merge_path == "local":
         raise ConfigError(
             "cascade.merge_path is local, but ZeRO-3 slices of this DeepSpeed lie elsewhere than in 0.19: take auto or"
             " gather"
         )
     gather.merge_path = "gather: one weight at a time, since a trial of local edits failed"
-    return engine, gather
+    return gather

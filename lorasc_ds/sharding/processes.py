@@ -28,6 +28,13 @@ class Processes:
         self.world_size = world_size
         self.device = device
 
+    @classmethod
+    def of_this_run(cls, device: torch.device) -> Processes:
+        """Those that a launcher started and that have met, or this one alone."""
+        if dist.is_available() and dist.is_initialized():
+            return cls(dist.get_rank(), dist.get_world_size(), device)
+        return cls(0, 1, device)
+
     @property
     def main(self) -> bool:
         """Whether this process writes files and prints."""

@@ -47,8 +47,9 @@ SPECIAL: list[dict[str, Any]] = [
 ]
 # The reference calls settings by their keys' last parts, but for these.
 ARGUMENTS = {"adapter.method": "adapter"}
-# Of a change's norm. Over 9 steps, five ways to order DoRA's float32 operations were up to 5e-4 apart; its constant
-# norm differentiated, not updated, or its dropout left out are 2e-2 and more apart.
+# Of a change's norm. AdamW divides a gradient by its own size, so that rounding alone moves an element whose gradient is
+# near 0. Over these 9 steps other orders of DoRA's float32 operations came out up to 2e-4 apart (at a rate of 1e-2 up to
+# 8e-3); its norm differentiated, or taken of W alone, or its dropout left out, 8e-3 to 1.
 TOLERANCE = 2e-3
 
 
@@ -69,12 +70,12 @@ def table() -> list[Any]:
 
 
 def overrides_of(case: dict[str, Any]) -> dict[str, Any]:
-    """As on the command line; with a rate at which the method trains.
+    """As on the command line; with a rate at which the method trains, and DoRA's rounding stays small (`TOLERANCE`).
 
     A first moment that is kept where the second is pruned makes a step of lr·m/eps, where the gradient is 0 as that of
     A is while B is 0: small rates only.
     """
-    rate = 1e-3 if case.get("adapter.method") == "lora+" else 1e-2
+    rate = {"lora+": 1e-3, "dora": 3e-3}.get(case.get("adapter.method"), 1e-2)
     if case["cascade.strategy"] == "relora" and case.get("cascade.prune_method") != "full":
         rate = 1e-5
     return CASCADE | {"training.learning_rate": rate} | {k: str(v).lower() for k, v in case.items()}
@@ -163,7 +164,7 @@ def test_lorasc_without_averages_and_noise_is_the_cascade(run: Start, adapter: s
         ({"cascade.strategy": "cola", "cascade.experts": 1}, {"cascade.strategy": "lora"}),
         ({"cascade.strategy": "cola"}, {"cascade.strategy": "cascade", "cascade.experts": 2, "training.schedule_span": "run"}),
         ({"cascade.strategy": "noisytune", "cascade.noise_intensity": 0}, {"cascade.strategy": "lora"}),
-        ({"cascade.strategy": "lorasc", "cascade.experts": 1}, {"cascade.strategy": "lora"}),
+        ({"cascade.strategy": "lorasc", "cascade.experts": 1, "cascade.slow_retention": 0}, {"cascade.strategy": "lora"}),
         ({"adapter.method": "lora+", "adapter.loraplus_lr_ratio": 1.0, "training.max_grad_norm": "null"}, {"training.max_grad_norm": "null"}),
         ({"cascade.restart_interval": 3}, {"cascade.experts": 3}),
         ({"cascade.strategy": "relora", "cascade.prune_method": "full"}, {"cascade.strategy": "relora", "cascade.prune_fraction": 1.0}),

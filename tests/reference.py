@@ -107,14 +107,17 @@ def projection(A: Matrix, s: float) -> Matrix:
     return (np.linalg.inv(gram) / (s * s)).astype(F32)
 
 
-def prune_(moment: torch.Tensor, method: str, fraction: float, weight: int, expert: int, seed: int) -> None:
-    """ReLoRA: the fraction of smallest absolute value, or of smallest random number, becomes 0; or everything does."""
-    flat = moment.detach().view(-1).numpy()
-    if method == "full":
-        flat[:] = 0
-        return
-    keys = np.abs(flat) if method == "magnitude" else uniforms(flat.size, weight, expert, 0, seed)
-    flat[np.argsort(keys, kind="stable")[: round(fraction * flat.size)]] = 0  # stable: ties by lower index
+def prune_(moments: dict[str, torch.Tensor], method: str, fraction: float, weight: int, expert: int, seed: int) -> None:
+    """ReLoRA: elements with the smallest first moments, or smallest random numbers, lose both; or all elements do."""
+    first, second = (moments[key].detach().view(-1).numpy() for key in ("exp_avg", "exp_avg_sq"))
+    keys = {
+        "full": lambda: np.zeros(first.size),
+        "magnitude": lambda: np.abs(first),
+        "random": lambda: uniforms(first.size, weight, expert, 0, seed),
+    }[method]()
+    count = first.size if method == "full" else round(fraction * first.size)
+    chosen = np.argsort(keys, kind="stable")[:count]  # stable: ties by lower index
+    first[chosen] = second[chosen] = 0
 
 
 def learning_rate_factor(strategy: str, step: int, first: int, last: int, steps: int, rewarmup: int | None) -> float:
@@ -245,10 +248,9 @@ def algorithm_1(
             return
         for position, name in enumerate(names):
             for number, parameter in enumerate((layers[name].A, layers[name].B)):
-                for which, key in enumerate(("exp_avg", "exp_avg_sq")):
-                    if parameter in optimizer.state:  # not the fixed A of LoRA-FA
-                        stream = 2**31 + 4 * position + 2 * number + which
-                        prune_(optimizer.state[parameter][key], prune_method, prune_fraction, stream, t, seed)
+                if parameter in optimizer.state:  # not the fixed A of LoRA-FA
+                    stream = 2**31 + 2 * position + number
+                    prune_(optimizer.state[parameter], prune_method, prune_fraction, stream, t, seed)
 
     slow: dict[str, tuple[Matrix, Matrix]] = {}
     history = []

@@ -70,14 +70,8 @@ def table() -> list[Any]:
 
 
 def overrides_of(case: dict[str, Any]) -> dict[str, Any]:
-    """As on the command line; with a rate at which the method trains, and DoRA's rounding stays small (`TOLERANCE`).
-
-    A first moment that is kept where the second is pruned makes a step of lr·m/eps, where the gradient is 0 as that of
-    A is while B is 0: small rates only.
-    """
+    """As on the command line; with a rate at which the method trains, and DoRA's rounding stays small (`TOLERANCE`)."""
     rate = {"lora+": 1e-3, "dora": 3e-3}.get(case.get("adapter.method"), 1e-2)
-    if case["cascade.strategy"] == "relora" and case.get("cascade.prune_method") != "full":
-        rate = 1e-5
     return CASCADE | {"training.learning_rate": rate} | {k: str(v).lower() for k, v in case.items()}
 
 

@@ -116,7 +116,8 @@ def gradient_projection(A: Tensor, scaling: float) -> Tensor:
     """
     gram = A.detach().cpu().double() @ A.detach().cpu().double().T
     regular = gram + 1e-8 * torch.eye(len(gram), dtype=torch.float64)
-    return (torch.linalg.inv(regular) / scaling**2).float().to(A.device)
+    # LAPACK leaves columns together; row-major, a matrix product has the same bits wherever it is taken.
+    return (torch.linalg.inv(regular) / scaling**2).float().contiguous().to(A.device)
 
 
 def delta_inner_product(one: Pair, other: Pair, scaling: float) -> float:

@@ -83,7 +83,7 @@ def replicated_plan(preparation: Preparation, zero: dict[str, Any]) -> Memory:
     return Memory(
         weights=bytes_of(frozen),
         pairs=whole * bytes_of(pairs) + shared * share,
-        slow_pairs=bytes_of(pairs),
+        slow_pairs=bytes_of(part for one in preparation.weights for part in (one.A, one.B)),
         accumulators=edited.accumulators,
         copy=edited.copy,
         activations=max(activation_bytes(preparation), evaluation_bytes(preparation)),
@@ -121,7 +121,7 @@ def sharded_plan(preparation: Preparation, zero: dict[str, Any]) -> Memory:
     return Memory(
         weights=weights + bytes_of(kept_frozen),
         pairs=trained + whole * bytes_of(kept_pairs),
-        slow_pairs=bytes_of(pairs),
+        slow_pairs=bytes_of(part for one in preparation.weights for part in (one.A, one.B)),
         accumulators=edited.accumulators,
         copy=edited.copy,
         activations=max(activation_bytes(preparation), evaluation_bytes(preparation)),
@@ -167,7 +167,7 @@ def edited_bytes(preparation: Preparation, elements: int, *, on_host: bool) -> E
     float32 = config.model.dtype == "float32"
     inside = preparation.evaluation_steps - {expert.stop for expert in preparation.plan}
     accumulators = 0 if float32 else 4 * elements
-    copy = 4 * elements if float32 and inside else 0
+    copy = 4 * elements if float32 and (inside or preparation.method.candidates) else 0
     selected = (4 if float32 else 2) * elements if config.training.select == "best_dev" else 0
     sums_on_host = on_host or config.cascade.accumulator == "host"
     return Edited(
@@ -178,9 +178,10 @@ def edited_bytes(preparation: Preparation, elements: int, *, on_host: bool) -> E
 
 
 def tensors_of(preparation: Preparation) -> tuple[list[nn.Parameter], list[nn.Parameter], list[nn.Parameter]]:
-    """The frozen parameters, the pairs' parameters, and those of the frozen ones that are adapted."""
+    """The frozen parameters, the trained ones of the adapters, and those of the frozen ones that are adapted."""
     frozen = [p for p in preparation.shape.parameters() if not p.requires_grad]
-    pairs = [pair for one in preparation.weights for pair in (one.A, one.B)]
+    pairs = [pair for one in preparation.weights for pair in one.pair]
+    pairs += [one.magnitude for one in preparation.weights if one.magnitude is not None]
     return frozen, pairs, [one.weight for one in preparation.weights]
 
 
@@ -203,7 +204,8 @@ def activation_bytes(preparation: Preparation) -> int:
 
     Per token and layer of hidden size h and intermediate size f: inputs of norms, projections and the gated
     product, `7h + 2f` in the compute dtype and `2h` in float32; the float32 copies that the pairs read; and
-    the logits three times in float32. With gradient checkpointing the inputs of all layers, and either the
+    the logits three times in float32. DoRA keeps `W·x` and `B·A·x` besides, and for the norm of a row it makes the
+    identity, `W`, `B·A` and their sum whole, in float32. With gradient checkpointing the inputs of all layers, and either the
     logits or later one layer, computed again, whose gradients were measured to take half as much.
     """
     shape = preparation.shape.config.get_text_config()
@@ -216,12 +218,16 @@ def activation_bytes(preparation: Preparation) -> int:
     longest = max(len(candidate.ids) for example in train for candidate in example.candidates) - 1
     inputs = 1 if preparation.task.loss == "lm" else max(example.inputs for example in train)
     in_layers = layers * (size * (7 * h + 2 * f) + 8 * h) + copies
+    for_magnitudes = transient = 0
+    if preparation.config.adapter.method == "dora":
+        for_magnitudes = sum((size + 4) * one.shape[0] for one in preparation.weights)
+        transient = max(4 * (one.shape[1] ** 2 + 3 * one.shape[0] * one.shape[1]) for one in preparation.weights)
     logits = 12 * shape.vocab_size
     if preparation.config.training.gradient_checkpointing:
-        per_token = layers * size * h + max(logits, math.ceil(1.5 * in_layers / layers))
+        per_token = layers * size * h + max(logits, math.ceil((1.5 * in_layers + for_magnitudes) / layers))
     else:
-        per_token = in_layers + logits
-    return preparation.data.micro_batch_size * inputs * longest * per_token
+        per_token = in_layers + for_magnitudes + logits
+    return preparation.data.micro_batch_size * inputs * longest * per_token + transient
 
 
 def evaluation_bytes(preparation: Preparation) -> int:

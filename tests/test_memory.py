@@ -211,10 +211,12 @@ def peak_bytes(preparation: Preparation) -> int:
     return held.peak
 
 
+@pytest.mark.parametrize("method", ["lora", "dora"])
 @pytest.mark.parametrize("checkpointing", ["false", "true"])
 @pytest.mark.parametrize("dtype", SIZES)
-def test_the_activation_estimate_is_near_the_truth(dtype: str, checkpointing: str) -> None:
-    preparation = prepared(*SMALL, f"--model.dtype={dtype}", f"--training.gradient_checkpointing={checkpointing}")
+def test_the_activation_estimate_is_near_the_truth(dtype: str, checkpointing: str, method: str) -> None:
+    settings = [f"--model.dtype={dtype}", f"--training.gradient_checkpointing={checkpointing}"]
+    preparation = prepared(*SMALL, *settings, f"--adapter.method={method}")
     assert activation_bytes(preparation) == pytest.approx(peak_bytes(preparation), rel=0.2)
 
 

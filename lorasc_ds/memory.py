@@ -205,8 +205,8 @@ def activation_bytes(preparation: Preparation) -> int:
     Per token and layer of hidden size h and intermediate size f: inputs of norms, projections and the gated
     product, `7h + 2f` in the compute dtype and `2h` in float32; the float32 copies that the pairs read; and
     the logits three times in float32. DoRA keeps `W·x` and `B·A·x` besides, and for the norm of a row it makes the
-    identity, `W`, `B·A` and their sum whole, in float32. With gradient checkpointing the inputs of all layers, and either the
-    logits or later one layer, computed again, whose gradients were measured to take half as much.
+    identity, `W`, `B·A` and their sum whole, in float32. With gradient checkpointing the inputs of all layers, and
+    either the logits or later one layer, computed again, whose gradients were measured to take half as much.
     """
     shape = preparation.shape.config.get_text_config()
     layers = shape.num_hidden_layers

@@ -155,7 +155,7 @@ def load(
     engine = None
     if case.zero is not None:
         engine = {"zero_optimization": BUCKETS | case.zero, "zero_force_ds_cpu_optimizer": False}
-    launch = Launch(rank, case.world_size, rank, engine, "the test")
+    launch = Launch(rank, case.world_size, engine)
     preparation = prepare(config, rank, case.world_size)
     accelerator = start(
         launch,

@@ -19,12 +19,12 @@ ZERO3 = ROOT / "ds_configs" / "zero3.json"
 
 def test_without_a_launcher_there_is_one_process_and_no_engine() -> None:
     launch = detect(None, {})
-    assert (launch.rank, launch.world_size, launch.local_rank, launch.stage) == (0, 1, 0, None)
+    assert (launch.rank, launch.world_size, launch.stage) == (0, 1, None)
 
 
 def test_the_launcher_says_which_process_this_is() -> None:
-    launch = detect(ZERO3, {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"})
-    assert (launch.rank, launch.world_size, launch.local_rank, launch.stage) == (5, 8, 1, 3)
+    launch = detect(ZERO3, {"RANK": "5", "WORLD_SIZE": "8"})
+    assert (launch.rank, launch.world_size, launch.stage) == (5, 8, 3)
     assert launch.engine == json.loads(ZERO3.read_text())
 
 

@@ -35,18 +35,14 @@ class Launch:
 
     Args:
         rank, world_size: of this process over all nodes.
-        local_rank: of this process on its node.
         engine: DeepSpeed settings, checked, with "auto" where the run's configuration owns the number; None
             without DeepSpeed.
-        source: where the settings come from, as errors name it.
         note: what the launcher was asked for and is not done; None where there is nothing.
     """
 
     rank: int
     world_size: int
-    local_rank: int
     engine: dict[str, Any] | None
-    source: str
     note: str | None = None
 
     @property
@@ -107,9 +103,7 @@ def detect(deepspeed: Path | None, environment: Mapping[str, str] = os.environ) 
         else f"mixed_precision {precision} of accelerate is not used: model.dtype owns it",
         rank=int(environment.get("RANK", "0")),
         world_size=int(environment.get("WORLD_SIZE", "1")),
-        local_rank=int(environment.get("LOCAL_RANK", "0")),
         engine=engine,
-        source=source,
     )
 
 

@@ -34,16 +34,20 @@ def free_port() -> int:
         return one.getsockname()[1]
 
 
-def save_model(folder: Path, hidden_size: int, layers: int) -> Path:
-    """A random Llama with biases and tied embeddings; with hidden size 40 nothing adapted divides by 3."""
+def save_model(folder: Path, hidden_size: int, head_dim: int, layers: int) -> Path:
+    """A random Llama with biases and tied embeddings.
+
+    With sizes 35 and 10 nothing adapted divides by 3 or 4, and `A` not by 2; q, v and `B` do, as heads must be even.
+    """
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=40,
         hidden_size=hidden_size,
         intermediate_size=56,
         num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        num_attention_heads=5,
+        num_key_value_heads=1,
+        head_dim=head_dim,
         max_position_embeddings=128,
         attention_bias=True,
         tie_word_embeddings=True,
@@ -55,7 +59,7 @@ def save_model(folder: Path, hidden_size: int, layers: int) -> Path:
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_model(tmp_path_factory.mktemp("models") / "odd", hidden_size=40, layers=2)
+    return save_model(tmp_path_factory.mktemp("models") / "odd", hidden_size=35, head_dim=10, layers=2)
 
 
 class Results:
@@ -111,7 +115,7 @@ class Results:
 
 @pytest.fixture(scope="session")
 def results(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Results:
-    wide = save_model(tmp_path_factory.mktemp("models") / "wide", hidden_size=1024, layers=4)
+    wide = save_model(tmp_path_factory.mktemp("models") / "wide", hidden_size=1030, head_dim=206, layers=4)
     return Results(tmp_path_factory.mktemp("engines"), model, wide)
 
 

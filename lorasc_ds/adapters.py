@@ -15,6 +15,7 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer
+from peft.utils.integrations import gather_params_ctx
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
@@ -186,6 +187,10 @@ def attach(
         adapter = lora_of(model, path)
         adapter.lora_A[ADAPTER].float().requires_grad_(method != "lora-fa")
         adapter.lora_B[ADAPTER].float()
+        if method == "dora":
+            with gather_params_ctx(selected[path].weight, modifier_rank=None):  # PEFT's are rounded to a bfloat16 dtype
+                norms = torch.linalg.vector_norm(selected[path].weight.detach().double(), dim=1).float()
+            weight_of(adapter.lora_magnitude_vector[ADAPTER]).data = norms
     return sorted((adapted_weight(lora_of(model, path), name) for path, name in names.items()), key=lambda o: o.name)
 
 

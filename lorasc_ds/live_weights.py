@@ -237,9 +237,9 @@ class LiveWeights:
         wrong = []
         for position, one in enumerate(self.weights):
             for part, parameter in enumerate((one.A, one.B)):
-                if not parameter.requires_grad:
+                moments = self.backend.moments(parameter) if parameter.requires_grad else {}
+                if not moments:  # LoRA-FA's A; or no step has been taken
                     continue
-                moments = self.backend.moments(parameter)
                 stream = self.noise_stream(expert, PRUNING_STREAMS + 2 * position + part)
                 chosen = pruned_elements(moments[FIRST_MOMENT], pruning.method, pruning.fraction, stream)
                 for moment in moments.values():
@@ -250,7 +250,7 @@ class LiveWeights:
                     elements += held.numel()
                     if not torch.equal(held, moments[name]):
                         wrong.append(f"{one.name}.{'AB'[part]}: {name} is not what was written")
-        return zeros / elements, wrong
+        return zeros / elements if elements else 1.0, wrong
 
     def differing(self, pairs: Mapping[str, Pair]) -> list[str]:
         """Where the pairs are not `pairs` in every copy that this process keeps; asking may be collective."""

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["OMP_NUM_THREADS"] = "1"  # of tiny models: threads only wait for each other; for the processes tests start, too
+os.environ["OMP_NUM_THREADS"] = (
+    "1"  # of tiny models: threads only wait for each other; for the processes tests start, too
+)
 
 import pytest
 import torch

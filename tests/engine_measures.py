@@ -36,16 +36,16 @@ def given_pair(expert: int, position: int, shape: tuple[int, int]) -> Pair:
 
 def trained(trainer: Trainer) -> dict[str, Any]:
     """Train as `train.train` does, with a virtual close and an evaluation before every boundary."""
-    losses, norms, digests, scores, reports = [], [], [], [], []
+    losses, norms, digests, scores, reports, choices, magnitudes = [], [], [], [], [], [], []
     trainer.cascade.ledger.experts.clear()
     for expert in trainer.preparation.plan:
-        trainer.cascade.open_expert(expert)
+        opening = trainer.cascade.open_expert(expert)
         digests.append(trainer.weights_sha256())
         for step in range(expert.start, expert.stop):
             report = trainer.training_step(step, trainer.preparation.learning_rate(expert, step))
             losses.append(report.loss)
             norms.append(report.grad_norm)
-        few = trainer.preparation.plan.experts == 3  # an evaluation costs more than a step
+        few = trainer.preparation.plan.experts <= 3  # an evaluation costs more than a step
         with trainer.cascade.as_if_closed():
             if few:
                 scores.append(trainer.evaluate()["dev"])
@@ -56,12 +56,18 @@ def trained(trainer: Trainer) -> dict[str, Any]:
         if few:
             scores.append(trainer.evaluate()["dev"])
         reports.append([closing.norm, closing.lost, closing.drift, closing.averaging_change])
+        choices.append([opening.noise_intensity, opening.pruned, closing.slow_retention])
+        magnitudes.append(digest(trainer.live.magnitudes().values()))
     return {
         "losses": losses,
         "norms": norms,
         "digests": digests,
         "scores": scores,
         "reports": reports,
+        "choices": choices,
+        "magnitudes": magnitudes,
+        "shipped": trainer.live.shipped_sha256(),
+        "others": trainer.live.of_main(digest(map(trainer.backend.full, trainer.live.other_matrices.values()))),
         "base": trainer.base_sha256,
     }
 
@@ -94,6 +100,8 @@ def master(trainer: Trainer, parameter: Any) -> Tensor:
     """The float32 master by DeepSpeed's documented call; torch's optimizers have the parameter itself."""
     if trainer.engine.name in ("plain", "ddp", "zero0"):
         return parameter.detach()
+    if not parameter.requires_grad:  # LoRA-FA's A
+        return whole(parameter)
     from deepspeed.utils import safe_get_full_fp32_param
 
     return safe_get_full_fp32_param(parameter)
@@ -133,8 +141,8 @@ def first_step_after_a_boundary(trainer: Trainer) -> dict[str, float]:
     trainer.engine.update = keep_gradients
     trainer.training_step(2, LEARNING_RATE)
     trainer.engine.update = update
-    rate = trainer.engine.optimizer.param_groups[0]["lr"] if trainer.engine.name in ("plain", "ddp") else None
-    rate = rate or trainer.engine.model.optimizer.param_groups[0]["lr"]
+    optimizer = trainer.engine.optimizer if trainer.engine.name in ("plain", "ddp") else trainer.engine.model.optimizer
+    (rate,) = (group["lr"] for group in optimizer.param_groups if group["role"] in ("pairs", "B"))
     off, moved = 0.0, 0.0
     for one, g in zip(trainer.weights, gradients, strict=True):
         expected = -rate * g / (g.abs() + 1e-8)
@@ -239,15 +247,16 @@ def hooks(trainer: Trainer) -> int:
 
 
 def growth(trainer: Trainer) -> dict[str, list[int]]:
-    """Live bytes and module hooks after each of twenty boundaries, and whether ZeRO-3 kept its fetch trace."""
+    """Module hooks and whether ZeRO-3 kept its fetch trace after each of twenty boundaries; live bytes after two."""
     expert = trainer.preparation.plan.expert(1)
     sizes, counts, traces = [], [], []
-    for _ in range(20):
+    for boundary in range(20):
         trainer.cascade.ledger.experts.clear()
         trainer.cascade.open_expert(expert)
         trainer.training_step(0, LEARNING_RATE)
         trainer.cascade.close_expert(expert)
-        sizes.append(live_bytes())
+        if boundary in (1, 19):  # counting takes longer than all else here
+            sizes.append(live_bytes())
         counts.append(hooks(trainer))
         if trainer.engine.name == "zero3":
             traces.append(trainer.backend.optimizer.parameter_offload.get_param_coordinator().is_complete_trace())

@@ -111,7 +111,7 @@ class CascadeConfig(Section):
         " cascade.slow_retention_candidates with the lowest dev loss (slow, lorasc).",
     )
     slow_retention_candidates: Candidates = Field(
-        default=(0.0, 0.5, 0.6, 0.8), description="What cascade.slow_retention auto chooses from."
+        default=(0.5, 0.6, 0.8), description="What cascade.slow_retention auto chooses from."
     )
     noise_intensity: Annotated[float, Field(ge=0)] | Literal["auto"] = Field(
         default=0.1,
@@ -125,7 +125,7 @@ class CascadeConfig(Section):
         default=None,
         ge=1,
         description="Dev examples that auto looks at, the first ones; null: so many that it costs about 8 % of the"
-        " training.",
+        " training, at least 32.",
     )
     noise_on: Literal["adapted", "all"] = Field(
         default="adapted", description="Noise on the adapted weights, or on every matrix of the model (noisytune)."

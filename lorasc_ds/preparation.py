@@ -20,6 +20,7 @@ from lorasc_ds.method import Method, make_method, make_plan, make_schedule, unus
 from lorasc_ds.tasks import Task, load_task
 
 AUTO_SHARE = 0.08
+AUTO_LEAST = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,13 +130,13 @@ def evaluation_steps(config: Config, plan: Plan, epoch_ends: frozenset[int]) -> 
 def auto_examples(config: Config, plan: Plan, method: Method, dev_examples: int) -> int:
     """Dev examples on which every candidate is tried at a boundary.
 
-    By default so many that they cost `AUTO_SHARE` of an expert's training: a forward pass each, where a training
-    example takes a forward and a backward pass, three times as much.
+    By default so many that they cost `AUTO_SHARE` of an expert's training, a forward pass each, where a training
+    example takes a forward and a backward pass, three times as much; but not so few that chance decides.
     """
     if not method.candidates:
         return 0
     trained = config.training.batch_size * plan.steps / plan.experts
-    affordable = max(1, int(AUTO_SHARE * 3 * trained / method.candidates))
+    affordable = max(AUTO_LEAST, int(AUTO_SHARE * 3 * trained / method.candidates))
     return min(dev_examples, config.cascade.auto_examples or affordable)
 
 

@@ -16,6 +16,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer
 from peft.utils.integrations import gather_params_ctx
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
@@ -204,6 +205,11 @@ def find(model: PreTrainedModel) -> list[AdaptedWeight]:
     """
     weights = []
     for path, layer in model.named_modules():
+        if isinstance(layer, AuxiliaryTrainingWrapper):
+            raise ConfigError(
+                f"{path} is trained besides, through PEFT's modules_to_save or trainable_token_indices: the merged"
+                " model could not be saved; leave it out"
+            )
         if isinstance(layer, LoraLayer):
             if not isinstance(layer, LoraLinear) or type(layer.get_base_layer()) is not nn.Linear:
                 raise ConfigError(

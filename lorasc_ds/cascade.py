@@ -179,6 +179,7 @@ class Boundaries:
         fresh = self.live.fresh_pairs(expert.index)
         if expert.index == 1:
             self.slow = fresh
+        self.live.write_frozen(fresh)
         self.live.project_gradients(fresh)
         self.noise_intensity, self.noise_scale = noise_intensity, dict(noise_scale)
         self.live.replay(expert.index, noise_scale, None)

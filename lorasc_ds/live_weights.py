@@ -61,7 +61,7 @@ class LiveWeights:
         self.projections: dict[str, Tensor] = {}
         if projects_gradients:
             for one in weights:
-                one.B.register_hook(lambda gradient, name=one.name: gradient @ self.projections[name])
+                one.B.register_hook(lambda gradient, name=one.name: self.projected(gradient, name))
         self.accumulators: dict[str, Tensor] = {}
         for one in weights:
             if one.weight.dtype != torch.float32:  # a float32 weight is its own accumulator
@@ -226,6 +226,16 @@ class LiveWeights:
         """From now on project the gradients of `B` by these `A`, where the method does."""
         if self.projects_gradients:
             self.projections = {o.name: experts.gradient_projection(pairs[o.name].A, o.scaling) for o in self.weights}
+
+    def projected(self, gradient: Tensor, name: str) -> Tensor:
+        """The gradient of a `B`, which an engine may have in bfloat16."""
+        return (gradient.float() @ self.projections[name]).to(gradient.dtype)
+
+    def write_frozen(self, pairs: Mapping[str, Pair]) -> None:
+        """Write the parts of the pairs that are not trained, which a checkpoint of what is trained lacks (LoRA-FA)."""
+        for one in self.weights:
+            if not one.A.requires_grad:
+                self.backend.write(one.A, pairs[one.name].A)
 
     def prune_optimizer(self, expert: int, pruning: Pruning) -> tuple[float, list[str]]:
         """Set a share of the pairs' moments to zero; step counts stay (ReLoRA).

@@ -26,8 +26,13 @@ FORBIDDEN = {  # place -> what it must not know
     "tracking.py": ("lorasc_ds.cascade", "lorasc_ds.adapters", "lorasc_ds.sharding"),
     "adapters.py": ("lorasc_ds.cascade", "lorasc_ds.algorithm", "lorasc_ds.sharding"),
     "sharding/": ("lorasc_ds.cascade", "lorasc_ds.algorithm", "lorasc_ds.adapters", "peft"),
+    "plugin.py": ("torch.distributed", "peft", "deepspeed", "pydantic"),
+    "callback.py": ("torch.distributed", "peft", "deepspeed", "pydantic"),
     "cascade.py": ("lorasc_ds.train", "lorasc_ds.tasks", "lorasc_ds.data", "peft", "deepspeed", "accelerate"),
 }
+
+
+IMPORTERS = {"plugin": ("__init__.py", "callback.py"), "callback": ("__init__.py",)}  # module -> who may import it
 
 
 def imported(path: Path) -> set[str]:
@@ -52,6 +57,12 @@ def test_imports_respect_the_layers(path: Path) -> None:
             own = {name for name in names if name.startswith(f"lorasc_ds.{place.rstrip('/')}.")}
             uses = {n for n in names - own for f in forbidden if f"{n}.".startswith(f if f.endswith(".") else f"{f}.")}
             assert not uses, f"{path.name} must not import {uses}"
+
+
+@pytest.mark.parametrize("module", IMPORTERS)
+def test_nothing_else_knows_the_plugin(module: str) -> None:
+    users = {path for path in FILES if any(f"{name}.".startswith(f"lorasc_ds.{module}.") for name in imported(path))}
+    assert users == {PACKAGE / name for name in IMPORTERS[module]}
 
 
 def test_every_rule_names_something_that_exists() -> None:

@@ -17,6 +17,7 @@ from lorasc_ds.sharding.backend import Backend, Engine, Slice
 from lorasc_ds.sharding.engines import DeepSpeedEngine, TorchEngine
 from lorasc_ds.sharding.failure import failing_together, speaking_once_per_node
 from lorasc_ds.sharding.launch import Launch, detect, start
+from lorasc_ds.sharding.optimizer_state import check_restartable
 from lorasc_ds.sharding.processes import Processes, bound_waiting
 from lorasc_ds.sharding.replicated import ReplicatedBackend, ZeroBackend
 
@@ -96,10 +97,11 @@ def reach(optimizer: Any, processes: Processes, weights: Sequence[nn.Parameter],
 
     Raises:
         ConfigError: `merge_path` is `local`, and slices do not lie where they are looked for; or this optimizer keeps
-            copies of the pairs that are not known here.
+            copies of the pairs that are not known here, or is no Adam.
     """
     if isinstance(optimizer, AcceleratedOptimizer):  # around torch's optimizer, or ZeRO's wrapper of one
         optimizer = optimizer.optimizer
+    check_restartable(optimizer)
     if not hasattr(weights[0], "ds_id"):
         if isinstance(optimizer, torch.optim.Optimizer):
             return ReplicatedBackend(optimizer, processes)

@@ -5,9 +5,24 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from lorasc_ds.errors import ConfigError
+
+
+def check_restartable(optimizer: Any) -> None:
+    """Refuse an optimizer whose first state is not zero, or not known here: quantised ones, for instance.
+
+    Raises:
+        ConfigError: it is none of torch's or DeepSpeed's Adams.
+    """
+    inner = getattr(optimizer, "optimizer", optimizer)  # inside ZeRO's wrapper
+    if not isinstance(inner, torch.optim.Adam) and type(inner).__name__ not in ("FusedAdam", "DeepSpeedCPUAdam"):
+        raise ConfigError(
+            f"{type(inner).__module__}.{type(inner).__name__} is not known to start anew when its state is zeroed: take"
+            " torch's AdamW or Adam"
+        )
 
 
 class Unit(NamedTuple):
@@ -29,14 +44,16 @@ def units_of(optimizer: Any) -> list[Unit]:
 
 
 def restarting(optimizer: Any, parameters: Iterable[nn.Parameter]) -> Iterator[Unit]:
-    """The units that hold nothing but `parameters`.
+    """The units that hold nothing but `parameters`, which are all in them.
 
     Raises:
-        ConfigError: one holds others besides, whose step count would be lost with theirs.
+        ConfigError: one holds others besides, whose step count would be lost with theirs; or some are in none.
     """
     wanted = {id(parameter) for parameter in parameters}
+    found = 0
     for unit in units_of(optimizer):
         inside = [id(parameter) in wanted for parameter in unit.parameters]
+        found += sum(inside)
         if all(inside):
             yield unit
         elif any(inside):
@@ -44,6 +61,11 @@ def restarting(optimizer: Any, parameters: Iterable[nn.Parameter]) -> Iterator[U
                 f"a parameter group holds {sum(inside)} parameters of LoRA pairs and {inside.count(False)} others, and"
                 " this engine counts their steps together: give the optimizer the pairs in groups of their own"
             )
+    if found != len(wanted):
+        raise ConfigError(
+            f"this {type(optimizer).__name__} has {found} of the {len(wanted)} parameters of the LoRA pairs: give it"
+            " all of them, and give Cascade the optimizer that prepare returned, not the one that it was given"
+        )
 
 
 def empty_(optimizer: Any, parameters: Sequence[nn.Parameter]) -> None:

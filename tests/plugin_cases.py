@@ -104,10 +104,7 @@ def rows(preparations: list[Preparation]) -> list[dict[str, Tensor]]:
     """The same as a data set that the Trainer, asked not to shuffle, deals out to the processes alike."""
     steps = zip(*(batches(preparation) for preparation in preparations), strict=True)
     return [
-        dict(zip(part, row, strict=True))
-        for step in steps
-        for part in step
-        for row in zip(*part.values(), strict=True)
+        dict(zip(part, row, strict=True)) for step in steps for part in step for row in zip(*part.values(), strict=True)
     ]
 
 

@@ -1,0 +1,663 @@
+"""`Cascade` in a loop of one's own and `CascadeCallback` in Trainers: the same cascade as the command's, to the bit.
+
+The runs on two processes are those of `plugin_cases.py`, looped inside one pair of processes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from conftest import CASCADE, ROOT, Start, base_weights
+from datasets import Dataset
+from engine_cases import clean_state
+from peft import LoraConfig, get_peft_model
+from plugin_cases import (
+    EXPERTS,
+    LORASC,
+    STEPS,
+    STOPPED,
+    InOrder,
+    adapted,
+    arguments,
+    batches,
+    cases,
+    hand_loop,
+    peft_config,
+    preparation_of,
+    replayed,
+    rows,
+    trainer_run,
+)
+from test_engines import free_port, save_model
+from torch.utils.data import IterableDataset
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, TrainerCallback
+
+from lorasc_ds import Cascade, CascadeCallback
+from lorasc_ds.algorithm.ledger import Ledger, LedgerError, digest
+from lorasc_ds.errors import ConfigError
+from lorasc_ds.models import QUICKSTART_BASE
+
+# PEFT reads and TRL sets what transformers 5 has renamed.
+pytestmark = pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing` is deprecated:FutureWarning")
+
+RANK = 8
+DATA = {"task.train_examples": 12, "task.dev_examples": 8, "task.test_examples": 10, "training.epochs": 3}
+PREPARATION = DATA | CASCADE
+
+
+def data() -> list[dict[str, torch.Tensor]]:
+    return list(batches(preparation_of(QUICKSTART_BASE, PREPARATION)))
+
+
+def dataset() -> list[dict[str, torch.Tensor]]:
+    return rows([preparation_of(QUICKSTART_BASE, PREPARATION)])
+
+
+def arguments_alone(directory: Path, **more: Any) -> Any:
+    return arguments(directory, use_cpu=True, per_device_train_batch_size=4, **more)
+
+
+def digest_of_folder(folder: Path, ledger: Ledger) -> str:
+    return digest(base_weights(folder, list(ledger.weights)).values())
+
+
+# What the command is told, and what the loop of one's own.
+SAME: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
+    "lorasc": ({}, "lora", {}),
+    "relora": (
+        {"cascade.strategy": "relora", "cascade.experts": 3, "cascade.prune_fraction": 0.5},
+        "lora",
+        {"strategy": "relora", "prune_fraction": 0.5},
+    ),
+    # Not clipped: the norm is a sum over the parameters, whose order is another.
+    "dora": ({"adapter.method": "dora", "training.max_grad_norm": "null"}, "dora", {"max_grad_norm": None}),
+    "lora-fa": ({"adapter.method": "lora-fa"}, "lora-fa", {}),
+    "lora-fa, not projected": (
+        {"adapter.method": "lora-fa", "adapter.lorafa_projection": "false"},
+        "lora-fa",
+        {"lorafa_projection": False},
+    ),
+    "warm-up, one schedule": (
+        {"training.warmup_steps": 4, "training.schedule": "cosine", "training.schedule_span": "run"},
+        "lora",
+        {"warmup_steps": 4, "schedule": "cosine", "schedule_span": "run"},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_a_loop_of_ones_own_is_the_commands_run(name: str, run: Start, tmp_path: Path) -> None:
+    overrides, method, settings = SAME[name]
+    rate = 1e-4 if name == "relora" else 1e-2
+    done = run(**(CASCADE | overrides | {"training.learning_rate": rate}))
+    cascade, _ = hand_loop(
+        Accelerator(cpu=True),
+        adapted(QUICKSTART_BASE, method, RANK),
+        data(),
+        tmp_path / "own",
+        rate=rate,
+        **({"max_grad_norm": 1.0} | settings),
+    )
+    assert cascade.weights_sha256() == done.summary["weights_sha256"]
+    assert replayed(cascade, QUICKSTART_BASE) == cascade.weights_sha256()
+    cascade.save_pretrained(tmp_path / "own" / "merged")
+    theirs, own = (
+        base_weights(folder, list(cascade.ledger.weights))
+        for folder in (done.directory / "model", tmp_path / "own" / "merged")
+    )
+    assert digest(own.values()) == digest(theirs.values()) == done.summary["shipped_sha256"]
+    found = Ledger.load(tmp_path / "own" / "ledger")
+    meant = Ledger.load(done.directory / "ledger")
+    assert replace(found, directory=Path(), base=meant.base) == replace(meant, directory=Path())
+    assert found.base.sha256 == meant.base.sha256
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Cascade]:
+    """A Trainer's run that was not stopped, with a checkpoint after every second step."""
+    args = arguments_alone(tmp_path_factory.mktemp("straight"), save_strategy="steps", save_steps=2, warmup_steps=2)
+    return trainer_run(adapted(QUICKSTART_BASE, rank=RANK), args, dataset())
+
+
+def test_the_trainers_run_is_the_commands(straight: tuple[Any, Cascade], run: Start) -> None:
+    trainer, cascade = straight
+    done = run(**(CASCADE | {"training.warmup_steps": 2, "tracking.log_steps": 1}))
+    assert cascade.weights_sha256() == done.summary["weights_sha256"]
+    logged = [entry["learning_rate"] for entry in trainer.state.log_history if "loss" in entry]
+    assert logged == [record["lr"] for record in done.metrics("step")]
+    assert logged == pytest.approx([1e-2, 1e-2, 1e-2 / 2] * EXPERTS)  # warm-up of two steps in nine is one in three
+
+
+def test_the_merged_model_is_the_live_one(straight: tuple[Any, Cascade]) -> None:
+    trainer, cascade = straight
+    folder = Path(trainer.args.output_dir) / "merged"
+    weights = base_weights(folder, list(cascade.ledger.weights))
+    assert digest(weights.values()) == cascade.weights_sha256() == replayed(cascade, QUICKSTART_BASE)
+    assert cascade.weights_sha256() != cascade.ledger.base.sha256
+    merged = AutoModelForCausalLM.from_pretrained(folder)
+    batch = data()[1]["input_ids"]
+    with torch.no_grad():
+        assert torch.equal(merged.eval()(batch).logits, trainer.model.eval()(batch).logits)
+
+
+@pytest.mark.parametrize("step", [4, 6, STEPS], ids=["inside an expert", "at a boundary", "at the end"])
+def test_a_trainers_run_resumes_to_the_same_bits(step: int, straight: tuple[Any, Cascade], tmp_path: Path) -> None:
+    directory = resumable(straight, step, tmp_path)
+    args = arguments_alone(directory, save_strategy="steps", save_steps=2, warmup_steps=2)
+    trainer, cascade = trainer_run(
+        adapted(QUICKSTART_BASE, rank=RANK), args, dataset(), directory / f"checkpoint-{step}"
+    )
+    assert cascade.weights_sha256() == straight[1].weights_sha256() == replayed(cascade, QUICKSTART_BASE)
+    assert trainer.state.log_history[:-1] == [
+        entry | {"grad_norm": pytest.approx(entry["grad_norm"])} for entry in straight[0].state.log_history[:-1]
+    ]
+
+
+def resumable(straight: tuple[Any, Cascade], step: int, folder: Path) -> Path:
+    """What a run that was stopped after this step has left."""
+    name = f"checkpoint-{step}"
+    shutil.copytree(Path(straight[0].args.output_dir) / name, folder / "stopped" / name)
+    return folder / "stopped"
+
+
+def test_what_the_trainer_alone_would_resume_is_another_run(
+    straight: tuple[Any, Cascade], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without `lorasc/` its checkpoint is refused; and were it not, the experts before it would be lost."""
+    directory = resumable(straight, 4, tmp_path)
+    shutil.rmtree(directory / "checkpoint-4" / "lorasc")
+    args = arguments_alone(directory, warmup_steps=2)
+
+    def resume() -> Cascade:
+        return trainer_run(adapted(QUICKSTART_BASE, rank=RANK), args, dataset(), directory / "checkpoint-4")[1]
+
+    with pytest.raises(ConfigError, match=r"checkpoint-4/lorasc is not what Cascade\.save writes"):
+        resume()
+
+    def without_replay(self: Cascade, _: Path, step: int) -> None:
+        self.expert = self.plan.expert_at(step)
+        self.boundaries.slow = self.live.fresh_pairs(1)
+        self.ledger.experts[:] = Ledger.load(Path(straight[0].args.output_dir) / "ledger").experts[:1]
+
+    monkeypatch.setattr(Cascade, "resume", without_replay)
+    assert resume().weights_sha256() != straight[1].weights_sha256()
+
+
+class StopAt(TrainerCallback):
+    """Ends a Trainer's run early, as a time limit does."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        control.should_training_stop = state.global_step == self.step
+
+
+def test_an_early_end_closes_the_open_expert(tmp_path: Path) -> None:
+    callback = CascadeCallback(experts=EXPERTS, **LORASC)
+    args = arguments_alone(tmp_path)
+    trainer = InOrder(
+        model=adapted(QUICKSTART_BASE, rank=RANK),
+        args=args,
+        train_dataset=dataset(),
+        callbacks=[callback, StopAt(STOPPED)],
+    )
+    trainer.train()
+    assert callback.cascade is not None
+    ledger = Ledger.load(tmp_path / "ledger")
+    assert [record.steps for record in ledger.experts] == [(0, 3), (3, 4)]
+    base = base_weights(QUICKSTART_BASE, list(ledger.weights))
+    assert digest(weight for _, weight in ledger.replay(base.__getitem__)) == callback.cascade.weights_sha256()
+    assert digest(base_weights(tmp_path / "merged", list(ledger.weights)).values()) == callback.cascade.weights_sha256()
+    assert callback.cascade.finish(STOPPED - 1) is None
+
+
+def test_candidates_are_judged_by_the_dev_loss(tmp_path: Path) -> None:
+    """The Trainer's own evaluation, say."""
+    asked = []
+
+    def dev_loss() -> float:
+        asked.append(trainer.evaluate()["eval_loss"])
+        return asked[-1]
+
+    callback = CascadeCallback(experts=EXPERTS, strategy="slow", slow_retention="auto", dev_loss=dev_loss)
+    args = arguments_alone(tmp_path)
+    rows = dataset()
+    trainer = InOrder(
+        model=adapted(QUICKSTART_BASE, rank=RANK),
+        args=args,
+        train_dataset=rows,
+        eval_dataset=rows[:8],
+        callbacks=[callback],
+    )
+    trainer.train()
+    assert callback.cascade is not None
+    experts = callback.cascade.ledger.experts
+    assert len(asked) == 4 * EXPERTS
+    for expert, losses in zip(experts, zip(*[iter(asked)] * 4, strict=True), strict=True):
+        assert expert.slow_retention == (0.0, 0.5, 0.6, 0.8)[losses.index(min(losses))]
+        assert len(set(losses)) > 1
+    assert replayed(callback.cascade, QUICKSTART_BASE) == callback.cascade.weights_sha256()
+
+
+def prepared(model: Any = None, **settings: Any) -> Callable[[Path], Cascade]:
+    """A cascade on a model and its plain optimizer."""
+
+    def make(directory: Path) -> Cascade:
+        module = model() if callable(model) else adapted(QUICKSTART_BASE, rank=RANK)
+        optimizer = settings.pop("optimizer", lambda parameters: torch.optim.AdamW(parameters, lr=1e-2))(
+            [parameter for parameter in module.parameters() if parameter.requires_grad]
+        )
+        probe = {"input_ids": torch.arange(12).view(2, 6)}
+        defaults = {"steps": STEPS, "experts": EXPERTS, "probe": probe, "directory": directory}
+        return Cascade(module, optimizer, **(defaults | settings))
+
+    return make
+
+
+def trained_a_little(cascade: Cascade) -> None:
+    """Something in the pairs for a boundary to merge."""
+    for one in cascade.live.weights:
+        torch.nn.init.normal_(one.B, std=0.02)
+
+
+def test_saving_needs_closed_experts_and_a_virtual_close_saves_what_closing_would_ship(tmp_path: Path) -> None:
+    cascade = prepared(**LORASC)(tmp_path)
+    with cascade.as_if_closed():  # nothing is open
+        assert cascade.weights_sha256() == cascade.ledger.base.sha256
+    cascade.open(0)
+    trained_a_little(cascade)
+    with pytest.raises(ConfigError, match="expert 1 is open, and what it has learnt would be missing"):
+        cascade.save_pretrained(tmp_path / "now")
+    with cascade.as_if_closed():
+        cascade.save_pretrained(tmp_path / "now")
+    assert cascade.weights_sha256() == cascade.ledger.base.sha256
+    cascade.close(0)
+    cascade.close(2)
+    shipped = base_weights(tmp_path / "now", list(cascade.ledger.weights))
+    assert digest(shipped.values()) == cascade.weights_sha256() != cascade.ledger.base.sha256
+    with cascade.as_if_closed():  # again nothing is open
+        assert digest(shipped.values()) == cascade.weights_sha256()
+    with pytest.raises(ConfigError, match=r"now is there already: give save_pretrained a new name"):
+        cascade.save_pretrained(tmp_path / "now")
+
+
+def test_the_probe_sees_the_weights_precision_and_not_autocasts(tmp_path: Path) -> None:
+    """Under Accelerate's bf16 the pair and the merged weight are rounded differently, by more than float32's bound."""
+    with clean_state():
+        pass
+    with clean_state():
+        accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+        cascade, _ = hand_loop(accelerator, adapted(QUICKSTART_BASE, rank=RANK), data(), tmp_path)
+    assert len(cascade.ledger.experts) == EXPERTS
+
+
+def test_calls_that_are_left_out_or_come_too_late_are_told(tmp_path: Path) -> None:
+    cascade = prepared()(tmp_path)
+    with pytest.raises(ConfigError, match=r"step 0 was to be closed, but expert 1 is not open: call open first"):
+        cascade.close(0)
+    with pytest.raises(ConfigError, match=r"step 1 is in expert 1, which begins at step 0, but none is open"):
+        cascade.open(1)
+    assert cascade.open(0) is not None
+    assert cascade.open(0) is None  # as where micro batches call it
+    assert cascade.close(0) is None
+    with pytest.raises(ConfigError, match=r"step 3 is in expert 2, which begins at step 3, but expert 1 is open"):
+        cascade.open(3)
+    assert cascade.close(2) is not None
+    with pytest.raises(ConfigError, match=r"step 9 was to be opened, but the run has the steps 0 to 8"):
+        cascade.open(9)
+
+
+def llama_of(module: LlamaForCausalLM, **options: Any) -> Any:
+    return get_peft_model(module, peft_config(rank=4, **options))
+
+
+# What a user may bring, and what is said. {llama} is the tiny model.
+REFUSED: dict[str, tuple[Callable[[Any], dict[str, Any]], str]] = {
+    "no pairs": (lambda llama: {"model": lambda: llama}, "the model has no LoRA layers: give it some with peft"),
+    "no model": (
+        lambda llama: {"model": lambda: torch.nn.Linear(2, 2)},
+        "there is no Hugging Face model in this Linear",
+    ),
+    "float16": (
+        lambda llama: {"model": lambda: llama_of(llama.half())},
+        r"self_attn\.q_proj\.weight is torch\.float16: float32 or bfloat16 is needed",
+    ),
+    "rank_pattern": (
+        lambda llama: {"model": lambda: llama_of(llama, rank_pattern={"v_proj": 2})},
+        r"v_proj\.weight has rank 2, scaling 8 and lora_A trained, unlike model\.layers\.0\.self_attn\.q_proj",
+    ),
+    "all trained": (
+        lambda llama: {"model": lambda: llama_of(llama).requires_grad_(True)},
+        "its weight must be frozen and its lora_B trained",
+    ),
+    "modules_to_save": (
+        lambda llama: {"model": lambda: llama_of(llama, modules_to_save=["lm_head"])},
+        "lm_head is trained besides, through PEFT's modules_to_save",
+    ),
+    "another adapter": (
+        lambda llama: {"model": lambda: get_peft_model(llama, peft_config(rank=4), adapter_name="mine")},
+        "one adapter called 'default', not merged, without a LoRA bias and without fan_in_fan_out is needed",
+    ),
+    "embeddings": (
+        lambda llama: {"model": lambda: llama_of(llama, target_modules=["embed_tokens"])},
+        r"embed_tokens is a LoRA on a Embedding: only torch\.nn\.Linear",
+    ),
+    "another optimizer": (
+        lambda llama: {"optimizer": lambda parameters: torch.optim.Adagrad(parameters)},
+        r"torch\.optim\.adagrad\.Adagrad is not known to start anew when its state is zeroed",
+    ),
+    "an optimizer of something else": (
+        lambda llama: {"optimizer": lambda parameters: torch.optim.AdamW(parameters[::2])},
+        "this AdamW has 8 of the 16 parameters of the LoRA pairs",
+    ),
+    "experts per epoch": (
+        lambda llama: {"experts": None},
+        "strategy lorasc has an expert per epoch: give epochs, or experts",
+    ),
+    "auto alone": (
+        lambda llama: {"slow_retention": "auto"},
+        "slow_retention or noise_intensity is auto: give dev_loss, which candidates are judged by",
+    ),
+    "a typo": (
+        lambda llama: {"slow_retentoin": 0.5},
+        r"unknown key cascade\.slow_retentoin; did you mean cascade\.slow_retention\?",
+    ),
+    "a number": (lambda llama: {"slow_retention": 1.5}, r"cascade\.slow_retention is 1\.5: needs to be less than 1"),
+    "experts": (lambda llama: {"experts": 10}, r"cascade\.experts is 10, but .* are only 9 optimizer steps"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_no_boundary_can_be_made_in_is_refused(name: str, tiny_llama: LlamaForCausalLM, tmp_path: Path) -> None:
+    settings, message = REFUSED[name]
+    with pytest.raises(ConfigError, match=message):
+        prepared(**settings(tiny_llama))(tmp_path)
+
+
+def test_fsdp_is_refused_by_name(tmp_path: Path) -> None:
+    wrapper = type("FullyShardedDataParallel", (torch.nn.Sequential,), {})
+    with pytest.raises(ConfigError, match="FSDP is not supported"):
+        prepared(lambda: wrapper(adapted(QUICKSTART_BASE, rank=RANK)))(tmp_path)
+
+
+def test_pairs_that_hold_something_are_not_thrown_away(tiny_llama: LlamaForCausalLM, tmp_path: Path) -> None:
+    """Where an adapter is trained on; or PEFT took its beginning out of the weights (PiSSA)."""
+    cascade = prepared(lambda: llama_of(tiny_llama, init_lora_weights="pissa"))(tmp_path)
+    with pytest.raises(
+        ConfigError, match="lora_B is not 0 before the first step, and what the pairs hold would be lost"
+    ):
+        cascade.open(0)
+
+
+TRAINERS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+    "the best model": (
+        {
+            "load_best_model_at_end": True,
+            "eval_strategy": "steps",
+            "save_strategy": "steps",
+            "eval_steps": 3,
+            "save_steps": 3,
+        },
+        {},
+        "load_best_model_at_end would load the pairs of one expert onto the weights of another",
+    ),
+    "a schedule of another kind": (
+        {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps"},
+        {},
+        "the Trainer's schedule is a ReduceLROnPlateau: take an lr_scheduler_type like linear",
+    ),
+    "a decay that the method lacks": (
+        {"lr_scheduler_type": "polynomial"},
+        {},
+        "lr_scheduler_type is polynomial: take linear, cosine, constant, or give CascadeCallback a schedule",
+    ),
+    "experts per epoch": ({}, {"experts": None}, "strategy lorasc has an expert per epoch: give epochs, or experts"),
+    "auto alone": ({}, {"noise_intensity": "auto"}, "slow_retention or noise_intensity is auto: give dev_loss"),
+}
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_a_trainer_that_contradicts_the_method_is_refused(name: str, tmp_path: Path) -> None:
+    training, settings, message = TRAINERS[name]
+    args = arguments_alone(tmp_path, **training)
+    callback = CascadeCallback(**({"experts": EXPERTS} | LORASC | settings))
+    rows = dataset()
+    trainer = InOrder(
+        model=adapted(QUICKSTART_BASE, rank=RANK),
+        args=args,
+        train_dataset=rows,
+        eval_dataset=rows,
+        callbacks=[callback],
+    )
+    with pytest.raises(ConfigError, match=message):
+        trainer.train()
+
+
+class Stream(IterableDataset):
+    def __iter__(self) -> Any:
+        return iter(dataset())
+
+
+def test_a_stream_needs_a_probe(straight: tuple[Any, Cascade], tmp_path: Path) -> None:
+    def train(**settings: Any) -> Cascade:
+        args = arguments_alone(tmp_path, warmup_steps=2)
+        return trainer_run(adapted(QUICKSTART_BASE, rank=RANK), args, Stream(), **settings)[1]
+
+    with pytest.raises(ConfigError, match=r"the training data are a stream, .*: give CascadeCallback a probe"):
+        train()
+    assert train(probe=data()[3]).weights_sha256() == straight[1].weights_sha256()
+
+
+def test_a_constant_rate_after_a_warm_up_is_taken_as_such(tmp_path: Path) -> None:
+    args = arguments_alone(tmp_path, lr_scheduler_type="constant_with_warmup", warmup_steps=6)
+    trainer, _ = trainer_run(adapted(QUICKSTART_BASE, rank=RANK), args, dataset())
+    rates = [entry["learning_rate"] for entry in trainer.state.log_history if "loss" in entry]
+    assert rates == pytest.approx([0.005, 0.01, 0.01] * EXPERTS)
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    """What `save` wrote inside the second expert, before step 4."""
+    cascade = prepared(**LORASC)(tmp_path / "first")
+    for step in range(STOPPED):
+        cascade.open(step)
+        trained_a_little(cascade)
+        cascade.close(step)
+    cascade.save(tmp_path / "saved")
+    return tmp_path / "saved"
+
+
+OTHERS: dict[str, tuple[dict[str, Any], int, str]] = {
+    "seed": ({"seed": 1}, 4, "seed is 1, but .*saved was written with 0: resume with the same"),
+    "strategy": ({"strategy": "slow"}, 4, "strategy is slow, but .*saved was written with lorasc"),
+    "retention": ({"slow_retention": 0.5}, 4, r"slow_retention is 0\.5, but .* with 0\.6"),
+    "too early": ({}, 2, r"holds experts of the steps \[\(0, 3\)\], but before step 2 this run has \[\]"),
+    "too late": ({}, 7, r"but before step 7 this run has \[\(0, 3\), \(3, 6\)\]: resume at the step"),
+    "fewer experts": ({"experts": 2}, 6, r"before step 6 this run has \[\(0, 4\)\]: resume at .* as many steps and"),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_another_runs_checkpoint_is_refused(name: str, saved: Path, tmp_path: Path) -> None:
+    settings, step, message = OTHERS[name]
+    cascade = prepared(**(LORASC | settings))(tmp_path / "again")
+    with pytest.raises(ConfigError, match=message):
+        cascade.resume(saved, step)
+
+
+def test_a_checkpoint_of_other_weights_or_cut_short_is_refused(saved: Path, tmp_path: Path) -> None:
+    other = adapted(QUICKSTART_BASE, rank=RANK)
+    other.get_base_model().model.layers[0].self_attn.q_proj.base_layer.weight.data[0, 0] += 1
+    with pytest.raises(LedgerError, match="this ledger was written for"):
+        prepared(lambda: other, **LORASC)(tmp_path / "other").resume(saved, STOPPED)
+    cascade = prepared(**LORASC)(tmp_path / "again")
+    file = saved / "ledger" / "expert_0001.safetensors"
+    content = file.read_bytes()
+    file.write_bytes(content[:-1])
+    with pytest.raises(LedgerError, match=r"expert_0001\.safetensors is missing or not the file that was written"):
+        cascade.resume(saved, STOPPED)
+    file.write_bytes(content)
+    (saved / "noise.json").unlink()
+    with pytest.raises(ConfigError, match=r"saved is not what Cascade\.save writes, or was cut short"):
+        cascade.resume(saved, STOPPED)
+
+
+def test_a_frozen_A_is_drawn_again_on_resume(tmp_path: Path) -> None:
+    """DeepSpeed's checkpoints lack what is frozen."""
+    make = prepared(lambda: adapted(QUICKSTART_BASE, "lora-fa", RANK), **LORASC)
+    first, second = make(tmp_path / "first"), make(tmp_path / "second")
+    first.open(0)
+    trained_a_little(first)
+    first.close(2)
+    first.open(3)
+    first.save(tmp_path / "saved")
+    second.resume(tmp_path / "saved", 4)
+    for one, other in zip(first.live.weights, second.live.weights, strict=True):
+        assert torch.equal(one.A, other.A)
+
+
+def test_trls_sft_run_becomes_a_cascade(tiny_folder: Path, tmp_path: Path) -> None:
+    """As a user has it, in bf16 autocast and with activation checkpointing, both of which TRL sets."""
+    from trl import SFTConfig, SFTTrainer
+
+    args = SFTConfig(
+        output_dir=str(tmp_path / "out"),
+        num_train_epochs=3,
+        per_device_train_batch_size=4,
+        learning_rate=1e-2,
+        max_length=16,
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+        save_strategy="no",
+    )
+    callback = CascadeCallback(slow_retention=0.6, noise_intensity=1.0)
+    trainer = SFTTrainer(
+        model=str(tiny_folder),
+        args=args,
+        train_dataset=Dataset.from_dict({"text": ["0 1 2 3 4 5 6 7", "7 6 5 4", "1 1 2 2 3 3"] * 4}),
+        processing_class=AutoTokenizer.from_pretrained(tiny_folder),
+        peft_config=LoraConfig(r=4, target_modules=["q_proj", "v_proj"]),
+        callbacks=[callback],
+    )
+    assert args.bf16
+    trainer.train()
+    cascade = callback.cascade
+    assert cascade is not None
+    assert [record.steps for record in cascade.ledger.experts] == [(0, 3), (3, 6), (6, 9)]
+    assert replayed(cascade, tiny_folder) == cascade.weights_sha256() != cascade.ledger.base.sha256
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "merged")
+    AutoTokenizer.from_pretrained(tmp_path / "out" / "merged")
+    ids = torch.arange(12)[None]
+    with torch.no_grad():
+        assert torch.equal(merged.eval()(ids).logits, trainer.model.get_base_model().eval()(ids).logits)
+
+
+CASES = {case.name: case for case in cases()}
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str, Any]]:
+    """What a case of `plugin_cases.py` has written, all of them run when the first is asked for."""
+    folder = tmp_path_factory.mktemp("pair")
+    model = save_model(tmp_path_factory.mktemp("models") / "odd", hidden_size=40, layers=2)
+    log = folder / "log"
+    command = [sys.executable, str(ROOT / "tests" / "plugin_cases.py"), str(folder), str(model)]
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
+    with log.open("w") as file:
+        processes = [
+            subprocess.Popen(
+                command,
+                env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank), "DS_ACCELERATOR": "cpu"},
+                stdout=file,
+                stderr=file,
+            )
+            for rank in range(2)
+        ]
+        try:
+            for process in processes:
+                process.wait(timeout=300)
+        except subprocess.TimeoutExpired:
+            file.write("timed out\n")
+        finally:
+            for process in processes:
+                process.kill()
+                process.wait()
+
+    def result(name: str) -> dict[str, Any]:
+        path = folder / f"{name}.json"
+        assert path.is_file(), f"the processes ended before this case: {log.read_text()[-3000:]}"
+        found = json.loads(path.read_text())
+        assert "error" not in found, found["error"]
+        return found
+
+    return result
+
+
+on_two_processes = pytest.mark.timeout(400)  # the first of these tests runs all cases
+
+
+@on_two_processes
+@pytest.mark.parametrize(
+    "name", [name for name in CASES if name.startswith(("hand-", "trainer-")) and "bf16" not in name]
+)
+def test_on_two_processes_every_loop_makes_this_packages_run(name: str, pair: Callable[[str], dict[str, Any]]) -> None:
+    """To the bit, under each engine: the loops do the same arithmetic; they may divide a loss at another place."""
+    found, own = pair(name), pair(f"own-{name.split('-', 1)[1]}")
+    assert found["digests"] == own["digests"]
+    assert found["live"] == own["live"]
+    assert found["losses"] == pytest.approx(own["losses"], rel=1e-5)
+    assert len(found["digests"]) == 2 * EXPERTS
+    assert len(found["losses"]) == STEPS
+
+
+@on_two_processes
+@pytest.mark.parametrize("name", [name for name in CASES if name.startswith(("hand-", "trainer-"))])
+def test_on_two_processes_boundaries_are_whole(name: str, pair: Callable[[str], dict[str, Any]]) -> None:
+    """The ledger, replayed on one process, gives the live weights; pairs begin anew in master and copy."""
+    found = pair(name)
+    assert found["replayed"] == found["live"] == found["digests"][-1]
+    assert len(set(found["digests"])) == 2 * EXPERTS  # noise and merge each move the weights; expert 1 has no noise
+    assert found["off"] == [0.0] * EXPERTS
+    if CASES[name].loop == "trainer":
+        assert found["merged"] == found["live"]
+        assert found["dtype"] == ("bfloat16" if CASES[name].bf16 else "float32")
+    if CASES[name].bf16:
+        assert set(found["dtypes"]) == {"torch.bfloat16"}  # as DeepSpeed casts the pairs, whose masters are float32
+
+
+@on_two_processes
+@pytest.mark.parametrize("name", [name for name in CASES if CASES[name].expect == "resume"])
+def test_on_two_processes_a_trainers_run_resumes_to_the_same_bits(
+    name: str, pair: Callable[[str], dict[str, Any]]
+) -> None:
+    found = pair(name)
+    assert found["resumed"] == found["live"]
+    assert found["again"] == found["digests"][-len(found["again"]) :]
+    assert len(found["again"]) == 3  # a closing, an opening, a closing
+
+
+@on_two_processes
+def test_engines_and_optimizers_that_would_be_restarted_by_halves_are_refused(
+    pair: Callable[[str], dict[str, Any]],
+) -> None:
+    assert pair("refused-bf16-optimizer")["refused"].startswith("BF16_Optimizer keeps copies of the pairs")
+    assert pair("refused-mixed-group")["refused"].startswith(
+        "a parameter group holds 8 parameters of LoRA pairs and 4 others"
+    )
+    for name in ("zero2", "zero3"):
+        found = pair(f"refused-raw-optimizer-{name}")["refused"]
+        assert found.startswith("this AdamW has 0 of the 8 parameters")
+        assert found.endswith("give Cascade the optimizer that prepare returned, not the one that it was given")

@@ -188,10 +188,8 @@ def attach(
         adapter = lora_of(model, path)
         adapter.lora_A[ADAPTER].float().requires_grad_(method != "lora-fa")
         adapter.lora_B[ADAPTER].float()
-        if method == "dora":
-            with gather_params_ctx(
-                weight_of(selected[path]), modifier_rank=None
-            ):  # PEFT's are rounded to a bfloat16 dtype
+        if method == "dora" and weight_of(adapter.lora_magnitude_vector[ADAPTER]).dtype != torch.float32:
+            with gather_params_ctx(weight_of(selected[path]), modifier_rank=None):  # PEFT rounded them to bfloat16
                 norms = torch.linalg.vector_norm(selected[path].weight.detach().double(), dim=1).float()
             weight_of(adapter.lora_magnitude_vector[ADAPTER]).data = norms
     return sorted((adapted_weight(lora_of(model, path), name) for path, name in names.items()), key=lambda o: o.name)

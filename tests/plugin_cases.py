@@ -41,13 +41,16 @@ from lorasc_ds.preparation import Preparation, prepare
 STEPS, EXPERTS, STOPPED = 9, 3, 4  # a checkpoint after step 4 is inside the second expert
 LORASC = {"strategy": "lorasc", "slow_retention": 0.6, "noise_intensity": 1.0}
 WORLD_SIZE = 2
+WHOLE_STEPS = {"task.train_examples": 36}  # three in an epoch
 
 
 @dataclass(frozen=True)
 class Case:
     """`loop` is whose: `own` (this package's), `hand` or `trainer`; `zero` as in `engine_cases.Case`.
 
-    `expect` is what else is done: `resume` from a checkpoint, or `refusal` by ConfigError.
+    `pairs` is their dtype under a bfloat16 engine: DeepSpeed casts them, but under ZeRO-3 they stay as PEFT makes them,
+    float32 unless it is told otherwise, as TRL does. `expect` is what else is done: `resume` from a checkpoint, or
+    `refusal` by ConfigError.
     """
 
     name: str
@@ -55,6 +58,7 @@ class Case:
     zero: dict[str, Any] | None = None
     method: str = "lora"
     bf16: bool = False
+    pairs: str = "bfloat16"
     expect: str = ""
     engine: dict[str, Any] = field(default_factory=dict)
 
@@ -68,6 +72,7 @@ def cases() -> Iterator[Case]:
     for name in ("zero2", "zero3"):
         yield Case(f"trainer-{name}-bf16", "trainer", zeros[name], bf16=True, expect="resume")
         yield Case(f"trainer-{name}-bf16-fa", "trainer", zeros[name], "lora-fa", bf16=True, expect="resume")
+    yield Case("trainer-zero3-bf16-float32", "trainer", zeros["zero3"], bf16=True, pairs="float32")
     yield Case("trainer-zero1-bf16", "trainer", {"stage": 1}, bf16=True)
     for loop in ("own", "hand"):
         yield Case(f"{loop}-zero3-dora", loop, zeros["zero3"], "dora")
@@ -113,10 +118,10 @@ def peft_config(method: str = "lora", rank: int = RANK, **more: Any) -> LoraConf
     return LoraConfig(**options | more)
 
 
-def adapted(model: Path, method: str = "lora", rank: int = RANK) -> PeftModel:
+def adapted(model: Path, method: str = "lora", rank: int = RANK, **options: Any) -> PeftModel:
     """As a user makes it; for LoRA-FA the user freezes A."""
     torch.manual_seed(0)
-    module = get_peft_model(AutoModelForCausalLM.from_pretrained(model), peft_config(method, rank))
+    module = get_peft_model(AutoModelForCausalLM.from_pretrained(model), peft_config(method, rank), **options)
     if method == "lora-fa":
         for name, parameter in module.named_parameters():
             if ".lora_A." in name:
@@ -270,12 +275,10 @@ def engine_settings(case: Case) -> dict[str, Any] | None:
     }
 
 
-def run_case(case: Case, model: Path, folder: Path, rank: int) -> dict[str, Any]:
-    settings = SETTINGS | {"task.train_examples": 36}  # three whole steps an epoch
-    preparations = [preparation_of(model, settings, one, WORLD_SIZE) for one in range(WORLD_SIZE)]
+def run_case(case: Case, model: Path, folder: Path, rank: int, preparations: list[Preparation]) -> dict[str, Any]:
     if case.loop == "own":
-        method = {"adapter.method": case.method, "task.train_examples": 36}
-        trainer = make_trainer(EngineCase(case.name, WORLD_SIZE, case.zero, method), model, folder, rank)
+        settings = WHOLE_STEPS | {"adapter.method": case.method}
+        trainer = make_trainer(EngineCase(case.name, WORLD_SIZE, case.zero, settings), model, folder, rank)
         with boundaries_watched() as seen:
             losses = []
             for expert in trainer.preparation.plan:
@@ -319,7 +322,8 @@ def run_case(case: Case, model: Path, folder: Path, rank: int) -> dict[str, Any]
             **save,
         )
         assert args.world_size == dist.get_world_size() == WORLD_SIZE
-        return trainer_run(adapted(model, case.method), args, rows(preparations), resume)
+        module = adapted(model, case.method, autocast_adapter_dtype=case.pairs == "float32")
+        return trainer_run(module, args, rows(preparations), resume)
 
     with boundaries_watched() as seen:
         trainer, cascade = train(None)
@@ -343,6 +347,7 @@ def main(folder: Path, model: Path) -> None:
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True, warn_only=True)
     training_args.is_torch_bf16_gpu_available = lambda: True  # it asks for a GPU, which DeepSpeed does not need
+    preparations = [preparation_of(model, SETTINGS | WHOLE_STEPS, one, WORLD_SIZE) for one in range(WORLD_SIZE)]
     for case in cases():
         if len(sys.argv) > 3 and not any(word in case.name for word in sys.argv[3:]):
             continue
@@ -350,7 +355,7 @@ def main(folder: Path, model: Path) -> None:
         (folder / case.name).mkdir(exist_ok=True)
         with clean_state():
             try:
-                found = run_case(case, model, folder / case.name, rank)
+                found = run_case(case, model, folder / case.name, rank, preparations)
             except ConfigError as error:
                 found = {"refused": str(error)} if case.expect == "refusal" else {"error": traceback.format_exc()}
             except Exception:  # written down for test_plugin.py to show; the next cases can still run

@@ -136,6 +136,10 @@ def test_a_run_is_the_reference(run: Start, case: dict[str, Any]) -> None:
     replayed = dict(ledger.replay(base.__getitem__))
     assert digest(replayed.values()) == digest(done.closed[-1].values()) == done.summary["weights_sha256"]
     saved = load_file(done.directory / "model" / "model.safetensors")
+    tensors = load_file(QUICKSTART_BASE / "model.safetensors")
+    for name, weight in ledger.replay_noised(tensors.__getitem__):
+        assert torch.equal(weight, saved[name]), name
+    assert bool(ledger.noised) == (case.get("cascade.noise_on") == "all")
     for name, weight in saved.items():
         if name not in replayed:  # as pretrained, or with NoisyTune's noise
             assert torch.equal(weight, model.get_parameter(name)), name
@@ -198,6 +202,13 @@ def assert_same(run: Start, common: dict[str, Any], one: dict[str, Any], other: 
 def test_a_setting_that_matters_is_not_ignored(run: Start, one: dict[str, Any], other: dict[str, Any]) -> None:
     left, right = (run(**(CASCADE | {"training.learning_rate": 1e-3} | settings)) for settings in (one, other))
     assert left.summary["weights_sha256"] != right.summary["weights_sha256"]
+
+
+@pytest.mark.parametrize("method", ["magnitude", "random"])
+def test_the_pruned_share_is_read_back_and_recorded(run: Start, method: str) -> None:
+    settings = {"cascade.strategy": "relora", "cascade.prune_method": method, "cascade.prune_fraction": 0.4}
+    shares = [record["pruned"] for record in run(**CASCADE, **settings).metrics("open")]
+    assert shares == [None, pytest.approx(0.4, abs=0.01), pytest.approx(0.4, abs=0.01)]
 
 
 def test_relora_that_prunes_nothing_merges_redraws_and_goes_on(run: Start) -> None:

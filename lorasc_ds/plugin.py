@@ -41,8 +41,8 @@ class Cascade:
             (`Accelerator.prepare`, `deepspeed.initialize` or DDP) or plain.
         optimizer: the one that was prepared with it, as `prepare` gave it; AdamW or Adam over the LoRA parameters.
         steps: optimizer steps of the whole run.
-        probe: a batch for `model(**probe)`, the same on all processes; at every boundary the logits of its first rows
-            must stay what they are.
+        probe: a batch for `model(**probe)`; at every boundary the logits of its first rows must stay what they are, as
+            the main process sees them.
         directory: gets `ledger/`; all processes must see it.
         epochs: what `steps` are; for strategies with an expert per epoch, unless `experts` is given.
         seed: draws the pairs and the noise.

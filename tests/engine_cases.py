@@ -279,6 +279,7 @@ def main(group: str, folder: Path, model: Path, wide_model: Path) -> None:
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True, warn_only=True)
+    gc.freeze()  # what the imports made is not looked through at every collection
     for case in cases():
         if case.world_size != world_size or (case.measure == "loading") != group.startswith("loading"):
             continue

@@ -151,7 +151,7 @@ def hand_loop(
     optimizer = torch.optim.AdamW(groups_of(module), lr=rate, weight_decay=0.0)
     model, optimizer = accelerator.prepare(module, optimizer)
     cascade = Cascade(
-        model, optimizer, steps=STEPS, experts=EXPERTS, probe=data[0], directory=directory, **(LORASC | settings)
+        model, optimizer, steps=STEPS, probe=data[0], directory=directory, **({"experts": EXPERTS} | LORASC | settings)
     )
     losses = []
     model.train()
@@ -238,8 +238,8 @@ def off_from_fresh(live: LiveWeights, expert: int) -> float:
 
 @contextmanager
 def boundaries_watched() -> Iterator[dict[str, list[Any]]]:
-    """Digests after every opening and closing, and `off_from_fresh` after every opening."""
-    seen: dict[str, list[Any]] = {"digests": [], "off": [], "dtypes": []}
+    """Digests after every opening and closing; after every opening, `off_from_fresh` and the largest moment."""
+    seen: dict[str, list[Any]] = {"digests": [], "off": [], "dtypes": [], "moments": []}
     opening, closing = Boundaries.open_expert, Boundaries.close_expert
 
     def after(boundary: Callable[..., Any], opens: bool) -> Callable[..., Any]:
@@ -249,6 +249,9 @@ def boundaries_watched() -> Iterator[dict[str, list[Any]]]:
             if opens:
                 seen["off"].append(off_from_fresh(self.live, expert.index))
                 seen["dtypes"].append(str(self.weights[0].B.dtype))
+                moments = [self.live.backend.moments(parameter) for parameter in self.live.pair_parameters]
+                largest = max((float(value.abs().max()) for held in moments for value in held.values()), default=None)
+                seen["moments"].append(largest)
             return report
 
         return watched

@@ -31,6 +31,7 @@ from plugin_cases import (
     adapted,
     arguments,
     batches,
+    boundaries_watched,
     cases,
     hand_loop,
     peft_config,
@@ -301,6 +302,19 @@ def test_the_probe_sees_the_weights_precision_and_not_autocasts(tmp_path: Path) 
         accelerator = Accelerator(cpu=True, mixed_precision="bf16")
         cascade, _ = hand_loop(accelerator, adapted(QUICKSTART_BASE, rank=RANK), data(), tmp_path)
     assert len(cascade.ledger.experts) == EXPERTS
+
+
+def test_an_opening_empties_the_users_optimizer(tmp_path: Path) -> None:
+    """Then each element of B moves by the learning rate, as at Adam's first step."""
+    accelerator = Accelerator(cpu=True)
+    with boundaries_watched() as seen:
+        cascade, _ = hand_loop(accelerator, adapted(QUICKSTART_BASE, rank=RANK), data(), tmp_path, experts=STEPS)
+    assert seen["moments"] == [None] + [0.0] * (STEPS - 1)
+    optimizer = accelerator._optimizers[-1]
+    for state in optimizer.state.values():
+        assert state["step"] == 1
+    for _, pairs in Ledger.load(cascade.ledger.directory).closed():
+        assert max(float(pair.B.abs().max()) for pair in pairs.values()) <= 1e-2 * (1 + 1e-5)
 
 
 def test_calls_that_are_left_out_or_come_too_late_are_told(tmp_path: Path) -> None:
@@ -631,6 +645,7 @@ def test_on_two_processes_boundaries_are_whole(name: str, pair: Callable[[str], 
     assert found["replayed"] == found["live"] == found["digests"][-1]
     assert len(set(found["digests"])) == 2 * EXPERTS  # noise and merge each move the weights; expert 1 has no noise
     assert found["off"] == [0.0] * EXPERTS
+    assert found["moments"][1:] == [0.0] * (EXPERTS - 1)  # before the first step there may be none
     if CASES[name].loop == "trainer":
         assert found["merged"] == found["live"]
         assert found["dtype"] == ("bfloat16" if CASES[name].bf16 else "float32")

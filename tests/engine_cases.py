@@ -47,6 +47,7 @@ from lorasc_ds.errors import ConfigError
 from lorasc_ds.models import load_model
 from lorasc_ds.preparation import Preparation, attach_adapters, prepare
 from lorasc_ds.sharding import Launch, Slice, sharded_loading, start
+from lorasc_ds.sharding.launch import quieten_deepspeed
 from lorasc_ds.trainer import Trainer
 
 RECIPE = Path(__file__).parents[1] / "launch" / "recipes" / "quickstart.yaml"
@@ -279,6 +280,7 @@ def main(group: str, folder: Path, model: Path, wide_model: Path) -> None:
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True, warn_only=True)
+    quieten_deepspeed()  # else a fresh home directory sees a compilation, as without `detect`
     gc.freeze()  # what the imports made is not looked through at every collection
     for case in cases():
         if case.world_size != world_size or (case.measure == "loading") != group.startswith("loading"):

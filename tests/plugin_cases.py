@@ -37,6 +37,7 @@ from lorasc_ds.cli import parse_command_line
 from lorasc_ds.errors import ConfigError
 from lorasc_ds.live_weights import LiveWeights
 from lorasc_ds.preparation import Preparation, prepare
+from lorasc_ds.sharding.launch import quieten_deepspeed
 
 STEPS, EXPERTS, STOPPED = 9, 3, 4  # a checkpoint after step 4 is inside the second expert
 LORASC = {"strategy": "lorasc", "slow_retention": 0.6, "noise_intensity": 1.0}
@@ -349,6 +350,7 @@ def main(folder: Path, model: Path) -> None:
     rank = int(os.environ["RANK"])
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True, warn_only=True)
+    quieten_deepspeed()  # compiles nothing
     training_args.is_torch_bf16_gpu_available = lambda: True  # it asks for a GPU, which DeepSpeed does not need
     preparations = [preparation_of(model, SETTINGS | WHOLE_STEPS, one, WORLD_SIZE) for one in range(WORLD_SIZE)]
     for case in cases():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ os.environ["OMP_NUM_THREADS"] = (
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -36,6 +37,14 @@ def shared_data() -> Path:
     if not path.is_dir():
         pytest.skip(f"the real data is not at {path}; set LORASC_SHARED")
     return path
+
+
+@pytest.fixture(autouse=True)
+def no_accelerator_stays() -> Iterator[None]:
+    """Accelerate keeps one state per process, which the next test would have to share."""
+    yield
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
 
 
 @pytest.fixture

@@ -11,8 +11,8 @@ from typing import Any, NoReturn
 from lorasc_ds.algorithm import merge
 from lorasc_ds.algorithm.ledger import Ledger
 from lorasc_ds.errors import DivergedError
+from lorasc_ds.live_weights import LiveWeights
 from lorasc_ds.train import main
-from lorasc_ds.trainer import Trainer
 
 RECIPE = Path(__file__).parents[1] / "launch" / "recipes" / "quickstart.yaml"
 
@@ -39,11 +39,13 @@ FAULTS = {
     "divergence": (merge, "merge_", diverge),
     "hang": (merge, "merge_", hang),
     "ledger": (Ledger, "append", fill_the_disk),
-    "save": (Trainer, "backbone", fail),
+    "save": (LiveWeights, "save", fail),
 }
 
 if __name__ == "__main__":
     place, rank = sys.argv[1], sys.argv[2]
+    owner, name, fault = FAULTS[place]
+    assert hasattr(owner, name)
     if os.environ["RANK"] == rank:
-        setattr(*FAULTS[place])
+        setattr(owner, name, fault)
     sys.exit(main(sys.argv[3:], RECIPE))

@@ -22,7 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lorasc_ds.quickstart.make_base import make_tokenizer
 
-pytestmark = pytest.mark.timeout(900)  # the first test of a world size runs all of its cases
+pytestmark = pytest.mark.timeout(1000)  # the first test of a world size runs all of its cases
 
 CASES = {case.name: case for case in cases()}
 EQUALITIES = [case for case in CASES.values() if case.measure == "equality"]
@@ -105,7 +105,7 @@ class Results:
             ]
             try:
                 for process in processes:
-                    process.wait(timeout=600)
+                    process.wait(timeout=900)
             except subprocess.TimeoutExpired:
                 file.write("timed out\n")
             finally:

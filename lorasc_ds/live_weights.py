@@ -228,8 +228,9 @@ class LiveWeights:
             self.projections = {o.name: experts.gradient_projection(pairs[o.name].A, o.scaling) for o in self.weights}
 
     def projected(self, gradient: Tensor, name: str) -> Tensor:
-        """The gradient of a `B`, which an engine may have in bfloat16."""
-        return (gradient.float() @ self.projections[name]).to(gradient.dtype)
+        """The gradient of a `B`, which an engine may have in bfloat16; as it is, where nothing projects now."""
+        projection = self.projections.get(name)
+        return gradient if projection is None else (gradient.float() @ projection).to(gradient.dtype)
 
     def write_frozen(self, pairs: Mapping[str, Pair]) -> None:
         """Write the parts of the pairs that are not trained, which a checkpoint of what is trained lacks (LoRA-FA)."""

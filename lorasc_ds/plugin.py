@@ -140,10 +140,12 @@ class Cascade:
 
     def probe_logits(self) -> Tensor:
         """In the precision of the weights: without the autocast that Accelerate puts around the outermost model."""
-        batch = {
-            key: value[:PROBE_ROWS].to(self.live.processes.device) if isinstance(value, Tensor) else value
-            for key, value in self.probe.items()
-        }
+        tensors = {key: value for key, value in self.probe.items() if isinstance(value, Tensor) and value.ndim > 0}
+        rows = max(
+            (len(value) for value in tensors.values() if value.ndim > 1), default=0
+        )  # lengths of packed texts are no rows
+        few = {key: value[:PROBE_ROWS] if len(value) == rows else value for key, value in tensors.items()}
+        batch = dict(self.probe) | {key: value.to(self.live.processes.device) for key, value in few.items()}
         cut_up = hasattr(self.live.weights[0].weight, "ds_id")  # then the engine's own forward pass gathers
         with evaluation_mode(self.model):
             logits = (self.model if cut_up else self.base)(**batch, use_cache=False).logits
@@ -196,6 +198,7 @@ class Cascade:
 
     def close_expert(self, expert: Expert) -> Closing:
         closing = self.boundaries.close_expert(expert)
+        self.live.projections = {}  # another cascade on this model may follow, which projects by itself
         self.expert = None
         return closing
 

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -302,6 +303,33 @@ def test_the_probe_sees_the_weights_precision_and_not_autocasts(tmp_path: Path) 
         accelerator = Accelerator(cpu=True, mixed_precision="bf16")
         cascade, _ = hand_loop(accelerator, adapted(QUICKSTART_BASE, rank=RANK), data(), tmp_path)
     assert len(cascade.ledger.experts) == EXPERTS
+
+
+def test_the_probe_takes_the_first_rows_and_cuts_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids, lengths = torch.arange(60).view(6, 10) % 31, torch.arange(7)
+    cascade = prepared(probe={"input_ids": ids, "labels": ids, "lengths": lengths, "longest": 9})(tmp_path)
+    given = {}
+
+    def forward(**batch: Any) -> Any:
+        given.update(batch)
+        return SimpleNamespace(logits=torch.zeros(4, 10, 31))
+
+    monkeypatch.setattr(cascade, "base", forward)
+    cascade.probe_logits()
+    assert given.pop("longest") == 9
+    assert given.pop("use_cache") is False
+    assert {key: value.shape for key, value in given.items()} == {"input_ids": (4, 10), "lengths": (7,)}
+
+
+@pytest.mark.parametrize("method", ["lora", "lora-fa"])
+def test_a_second_cascade_on_the_same_model_goes_on_from_the_merged_one(method: str, tmp_path: Path) -> None:
+    def run_on(module: Any, name: str) -> Cascade:
+        return hand_loop(Accelerator(cpu=True), module, data(), tmp_path / name)[0]
+
+    module = adapted(QUICKSTART_BASE, method, RANK)
+    run_on(module, "first").save_pretrained(tmp_path / "merged")
+    second = run_on(module, "second")
+    assert second.weights_sha256() == run_on(adapted(tmp_path / "merged", method, RANK), "anew").weights_sha256()
 
 
 def test_an_opening_empties_the_users_optimizer(tmp_path: Path) -> None:
@@ -606,9 +634,9 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str, 
         except subprocess.TimeoutExpired:
             file.write("timed out\n")
         finally:
-            for process in processes:
+            for rank, process in enumerate(processes):
                 process.kill()
-                process.wait()
+                file.write(f"rank {rank} ended with {process.wait()}\n")
 
     def result(name: str) -> dict[str, Any]:
         path = folder / f"{name}.json"

@@ -109,7 +109,7 @@ def reach(optimizer: Any, processes: Processes, weights: Sequence[nn.Parameter],
             return ZeroBackend(optimizer, processes)
         raise ConfigError(
             f"{type(optimizer).__name__} keeps copies of the pairs that are not known here: take torch's AdamW, or"
-            " ZeRO-1, 2 or 3"
+            " ZeRO-1, 2 or 3 without data_types.grad_accum_dtype"
         )
     from lorasc_ds.sharding.zero3 import GatherBackend, LocalBackend, local_edits_work
 

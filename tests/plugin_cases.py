@@ -363,7 +363,7 @@ def main(folder: Path, model: Path) -> None:
                 found = run_case(case, model, folder / case.name, rank, preparations)
             except ConfigError as error:
                 found = {"refused": str(error)} if case.expect == "refusal" else {"error": traceback.format_exc()}
-            except Exception:  # written down for test_plugin.py to show; the next cases can still run
+            except Exception:  # written down for test_plugin_engines.py to show; the next cases can still run
                 found = {"error": traceback.format_exc()}
         if rank == 0:
             found["seconds"] = time.perf_counter() - began

@@ -1,15 +1,8 @@
-"""`Cascade` in a loop of one's own and `CascadeCallback` in Trainers: the same cascade as the command's, to the bit.
-
-The runs on two processes are those of `plugin_cases.py`, looped inside one pair of processes.
-"""
+"""`Cascade` in a loop of one's own and `CascadeCallback` in Trainers: the same cascade as the command's, to the bit."""
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import CASCADE, ROOT, Start, base_weights
+from conftest import CASCADE, Start, base_weights
 from datasets import Dataset
 from engine_cases import clean_state
 from peft import LoraConfig, get_peft_model
@@ -33,7 +26,6 @@ from plugin_cases import (
     arguments,
     batches,
     boundaries_watched,
-    cases,
     hand_loop,
     peft_config,
     preparation_of,
@@ -41,7 +33,6 @@ from plugin_cases import (
     rows,
     trainer_run,
 )
-from test_engines import free_port, save_model
 from torch.utils.data import IterableDataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, TrainerCallback
 
@@ -605,102 +596,3 @@ def test_trls_sft_run_becomes_a_cascade(tiny_folder: Path, tmp_path: Path) -> No
     ids = torch.arange(12)[None]
     with torch.no_grad():
         assert torch.equal(merged.eval()(ids).logits, trainer.model.get_base_model().eval()(ids).logits)
-
-
-CASES = {case.name: case for case in cases()}
-
-
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str, Any]]:
-    """What a case of `plugin_cases.py` has written, all of them run when the first is asked for."""
-    folder = tmp_path_factory.mktemp("pair")
-    model = save_model(tmp_path_factory.mktemp("models") / "odd", hidden_size=35, head_dim=10, layers=2)
-    log = folder / "log"
-    command = [sys.executable, str(ROOT / "tests" / "plugin_cases.py"), str(folder), str(model)]
-    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
-    with log.open("w") as file:
-        processes = [
-            subprocess.Popen(
-                command,
-                env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank), "DS_ACCELERATOR": "cpu"},
-                stdout=file,
-                stderr=file,
-            )
-            for rank in range(2)
-        ]
-        try:
-            for process in processes:
-                process.wait(timeout=300)
-        except subprocess.TimeoutExpired:
-            file.write("timed out\n")
-        finally:
-            for rank, process in enumerate(processes):
-                process.kill()
-                file.write(f"rank {rank} ended with {process.wait()}\n")
-
-    def result(name: str) -> dict[str, Any]:
-        path = folder / f"{name}.json"
-        assert path.is_file(), f"the processes ended before this case: {log.read_text()[-3000:]}"
-        found = json.loads(path.read_text())
-        assert "error" not in found, found["error"]
-        return found
-
-    return result
-
-
-on_two_processes = pytest.mark.timeout(400)  # the first of these tests runs all cases
-
-
-@on_two_processes
-@pytest.mark.parametrize(
-    "name", [name for name in CASES if name.startswith(("hand-", "trainer-")) and "bf16" not in name]
-)
-def test_on_two_processes_every_loop_makes_this_packages_run(name: str, pair: Callable[[str], dict[str, Any]]) -> None:
-    """To the bit, under each engine: the loops do the same arithmetic; they may divide a loss at another place."""
-    found, own = pair(name), pair(f"own-{name.split('-', 1)[1]}")
-    assert found["digests"] == own["digests"]
-    assert found["live"] == own["live"]
-    assert found["losses"] == pytest.approx(own["losses"], rel=1e-5)
-    assert len(found["digests"]) == 2 * EXPERTS
-    assert len(found["losses"]) == STEPS
-
-
-@on_two_processes
-@pytest.mark.parametrize("name", [name for name in CASES if name.startswith(("hand-", "trainer-"))])
-def test_on_two_processes_boundaries_are_whole(name: str, pair: Callable[[str], dict[str, Any]]) -> None:
-    """The ledger, replayed on one process, gives the live weights; pairs begin anew in master and copy."""
-    found = pair(name)
-    assert found["replayed"] == found["live"] == found["digests"][-1]
-    assert len(set(found["digests"])) == 2 * EXPERTS  # noise and merge each move the weights; expert 1 has no noise
-    assert found["off"] == [0.0] * EXPERTS
-    assert found["moments"][1:] == [0.0] * (EXPERTS - 1)  # before the first step there may be none
-    if CASES[name].loop == "trainer":
-        assert found["merged"] == found["live"]
-        assert found["dtype"] == ("bfloat16" if CASES[name].bf16 else "float32")
-    if CASES[name].bf16:
-        assert set(found["dtypes"]) == {f"torch.{CASES[name].pairs}"}  # of the copy that computes
-
-
-@on_two_processes
-@pytest.mark.parametrize("name", [name for name in CASES if CASES[name].expect == "resume"])
-def test_on_two_processes_a_trainers_run_resumes_to_the_same_bits(
-    name: str, pair: Callable[[str], dict[str, Any]]
-) -> None:
-    found = pair(name)
-    assert found["resumed"] == found["live"]
-    assert found["again"] == found["digests"][-len(found["again"]) :]
-    assert len(found["again"]) == 3  # a closing, an opening, a closing
-
-
-@on_two_processes
-def test_engines_and_optimizers_that_would_be_restarted_by_halves_are_refused(
-    pair: Callable[[str], dict[str, Any]],
-) -> None:
-    assert pair("refused-bf16-optimizer")["refused"].startswith("BF16_Optimizer keeps copies of the pairs")
-    assert pair("refused-mixed-group")["refused"].startswith(
-        "a parameter group holds 8 parameters of LoRA pairs and 4 others"
-    )
-    for name in ("zero2", "zero3"):
-        found = pair(f"refused-raw-optimizer-{name}")["refused"]
-        assert found.startswith("this AdamW has 0 of the 8 parameters")
-        assert found.endswith("give Cascade the optimizer that prepare returned, not the one that it was given")

@@ -132,7 +132,7 @@ class CascadeConfig(Section):
     )
     prune_method: Literal["magnitude", "random", "full"] = Field(
         default="magnitude",
-        description="Which elements of each moment are set to zero at a restart: the smallest, any, or all (relora).",
+        description="Which elements lose their moments at a restart: those of the smallest first moments, any, or all (relora).",
     )
     prune_fraction: float = Field(
         default=0.99, ge=0, le=1, description="How many of them: this share (relora with magnitude or random)."

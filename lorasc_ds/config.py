@@ -132,7 +132,8 @@ class CascadeConfig(Section):
     )
     prune_method: Literal["magnitude", "random", "full"] = Field(
         default="magnitude",
-        description="Which elements lose their moments at a restart: those of the smallest first moments, any, or all (relora).",
+        description="Which elements lose their moments at a restart: those of the smallest first moments, any, or all"
+        " (relora).",
     )
     prune_fraction: float = Field(
         default=0.99, ge=0, le=1, description="How many of them: this share (relora with magnitude or random)."

@@ -13,7 +13,7 @@ from lorasc_ds.errors import ConfigError
 
 @dataclass(frozen=True, slots=True)
 class Pruning:
-    """ReLoRA's partial reset: the share of elements that lose their moments; `method` as `cascade.prune_method`."""
+    """ReLoRA's partial reset: the share of elements that lose their moments, and which (`cascade.prune_method`)."""
 
     method: Literal["magnitude", "random", "full"]
     fraction: float

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write `path` so that a crash leaves the old file or the new one, on disk when this returns.
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file to write into that becomes `path` when the block ends, on disk; after an error or a crash, the old one is.
 
     The file's mode follows the umask.
 
@@ -18,13 +22,19 @@ def write_atomically(path: Path, data: bytes) -> None:
     temporary = path.with_name(f".tmp-{path.name}")
     try:
         with open(temporary, "wb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
     sync_directory(path.parent)
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write `path` whole, as `replacing` does."""
+    with replacing(path) as file:
+        file.write(data)
 
 
 def sync_directory(directory: Path) -> None:

@@ -1,18 +1,16 @@
 """The ledger: what was added to the pretrained weights, expert by expert, and their replay.
 
-`W_t` is a pure function of the pretrained `W_0` and the ledger. `ledger.json` lists the experts and
-`expert_0001.safetensors` and so on hold their slow pairs in float32: megabytes, where the model has
-gigabytes. It is append-only, and a crash leaves it as it was before or after an append.
+`W_t` is a pure function of the pretrained `W_0` and the ledger: megabytes, where the model has gigabytes.
+A long one is compacted: a snapshot of the accumulators takes the place of its first experts' pairs.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -21,91 +19,17 @@ from torch import Tensor
 
 from lorasc_ds.algorithm.experts import Pair
 from lorasc_ds.algorithm.files import sha256_of_file, write_atomically
+from lorasc_ds.algorithm.ledger_files import Adapter, Base, ExpertRecord, LedgerError, LedgerFiles, Snapshot
 from lorasc_ds.algorithm.merge import add_delta_, add_noise_
 from lorasc_ds.algorithm.noise import Purpose, Stream
+from lorasc_ds.algorithm.tensor_files import bytes_of, digest, write_tensors
 
-FORMAT = 1
-
-
-class LedgerError(ValueError):
-    """The ledger is damaged, or does not belong to the weights it is replayed on."""
+__all__ = ["Adapter", "Base", "ExpertRecord", "Ledger", "LedgerError", "Snapshot", "digest"]
 
 
-def bytes_of(weight: Tensor) -> memoryview:
-    """The little-endian bytes of a tensor, row-major."""
-    return weight.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
-
-
-def digest(weights: Iterable[Tensor]) -> str:
-    """sha256 over the little-endian bytes of the weights, one after the other, nothing between them."""
-    total = hashlib.sha256()
-    for weight in weights:
-        total.update(bytes_of(weight))
-    return total.hexdigest()
-
-
-@dataclass(frozen=True, slots=True)
-class Base:
-    """The pretrained weights: `sha256` is the digest of the adapted ones, in `dtype`, in ledger order."""
-
-    name: str
-    revision: str | None
-    dtype: str
-    sha256: str
-
-
-@dataclass(frozen=True, slots=True)
-class Adapter:
-    """The LoRA variant; `scaling` is s in `D = s·B·A`."""
-
-    method: str
-    rank: int
-    scaling: float
-
-
-@dataclass(frozen=True, slots=True)
-class ExpertRecord:
-    """A closed expert: the optimizer steps [start, stop) it trained on, and what it added.
-
-    `noise_scale` is c by name, as drawn before it was trained; `sha256` is that of `file`.
-    """
-
-    index: int
-    steps: tuple[int, int]
-    slow_retention: float
-    noise_intensity: float
-    file: str
-    sha256: str
-    noise_scale: dict[str, float]
-
-
-@dataclass(frozen=True, slots=True)
-class Ledger:
-    """See the module. `weights` are the names of the adapted weights, sorted as strings.
-
-    A name is the key under which `save_pretrained` writes the weight. `slow_retention` and `noise_intensity` are as
-    asked for, `auto` too; the experts' are as used. `noised` are the names of matrices that are not adapted and had
-    noise all the same, before the first expert (NoisyTune); their streams are counted on from the adapted ones'.
-    """
-
-    directory: Path
-    strategy: str
-    base: Base
-    adapter: Adapter
-    seed: int
-    slow_retention: float | str
-    noise_intensity: float | str
-    weights: tuple[str, ...]
-    noised: tuple[str, ...] = ()
-    experts: list[ExpertRecord] = field(default_factory=list)
-
-    def save(self) -> None:
-        """Write `ledger.json`; the files of the experts are written before they are listed."""
-        content = {"format": FORMAT} | {key: value for key, value in asdict(self).items() if key != "directory"}
-        if not self.noised:
-            del content["noised"]
-        self.directory.mkdir(exist_ok=True)
-        write_atomically(self.directory / "ledger.json", json.dumps(content, indent=1).encode())
+@dataclass(slots=True)
+class Ledger(LedgerFiles):
+    """See the module; the fields are those of `LedgerFiles`."""
 
     def append(
         self,
@@ -139,99 +63,151 @@ class Ledger:
         self.experts.append(record)
         self.save()
 
-    @classmethod
-    def load(cls, directory: Path) -> Ledger:
-        """Read `ledger.json` and check every expert's file against its sha256.
+    def compact(self, base_weight: Callable[[str], Tensor], experts: int) -> None:
+        """Put a snapshot in the place of the first `experts` experts, about one weight in memory at a time.
+
+        Later replays have the same bits. What comes before the snapshot can no longer be had alone: no rollback
+        to it, no adapter of it, no replay without its noise. The records stay, and the last of these experts.
+
+        Args:
+            base_weight: as for `replay`; called twice for each name.
 
         Raises:
-            LedgerError: a file is missing or damaged, or the format is another one.
+            LedgerError: there are fewer experts or none, more are compacted already, or the pretrained weights are
+                not those that the run began with; nothing has changed then.
         """
-        path = directory / "ledger.json"
-        try:
-            content = json.loads(path.read_text())
-            if content["format"] != FORMAT:
-                raise LedgerError(f"{path} has format {content['format']}, this version reads {FORMAT}")
-            experts = [ExpertRecord(**record | {"steps": tuple(record["steps"])}) for record in content["experts"]]
-            ledger = cls(
-                directory=directory,
-                strategy=content["strategy"],
-                base=Base(**content["base"]),
-                adapter=Adapter(**content["adapter"]),
-                seed=content["seed"],
-                slow_retention=content["slow_retention"],
-                noise_intensity=content["noise_intensity"],
-                weights=tuple(content["weights"]),
-                noised=tuple(content.get("noised", ())),
-                experts=experts,
-            )
-        except LedgerError:
-            raise
-        except (OSError, KeyError, TypeError, ValueError) as error:
-            raise LedgerError(f"{path} cannot be read as a ledger: {error!r}") from error
-        for record in experts:
-            file = directory / record.file
-            if file.parent != directory or not file.is_file() or sha256_of_file(file) != record.sha256:
-                raise LedgerError(f"{file} is missing or not the file that was written (sha256 differs)")
-        return ledger
+        if not self.still_known(experts):
+            raise LedgerError(f"{self.directory}: no experts were asked for, and a snapshot needs one or more")
+        seen, sizes = hashlib.sha256(), {}
+        for name in self.weights:
+            base = base_weight(name)
+            seen.update(bytes_of(base))
+            sizes[f"{name}.accumulator"] = (torch.float32, (base.numel(),))
+        self.compare_base(seen.hexdigest())
+        path = self.directory / f"snapshot_{experts:04d}.safetensors"
+        with self.opened(experts, noise=True) as files:
+
+            def produce(key: str) -> Tensor:
+                name = key.removesuffix(".accumulator")
+                return self.accumulator(name, base_weight(name), files, noise=True)
+
+            write_tensors(path, sizes, produce)
+        self.snapshot = Snapshot(experts, path.name, sha256_of_file(path))
+        self.save()
+        for record in self.experts[: experts - 1]:
+            (self.directory / record.file).unlink(missing_ok=True)
+        for other in self.directory.glob("snapshot_*.safetensors"):
+            if other != path:
+                other.unlink()
 
     def closed(self) -> Iterator[tuple[ExpertRecord, dict[str, Pair]]]:
-        """Every closed expert with its slow pairs by name."""
-        for record in self.experts:
-            with safe_open(self.directory / record.file, framework="pt") as file:
-                pairs = {n: Pair(*(file.get_tensor(f"{n}.slow_{part}") for part in "AB")) for n in self.weights}
-            yield record, pairs
+        """Every closed expert with its slow pairs by name; of a compacted ledger, those after the snapshot."""
+        for record in self.experts[self.compacted :]:
+            yield record, self.slow(record.index)
 
-    def check_base(self, weights: Iterable[Tensor]) -> None:
-        """Compare the adapted weights of a pretrained model, in ledger order, with those the run began with.
+    def slow(self, experts: int) -> dict[str, Pair]:
+        """The slow pairs by name after so many experts: those that the last of them merged.
 
         Raises:
-            LedgerError: they differ.
+            LedgerError: there are fewer, or it was compacted away.
         """
-        self.compare_base(digest(weights))
+        with self.expert_file(experts) as file:
+            return {name: Pair(*(file.get_tensor(f"{name}.slow_{part}") for part in "AB")) for name in self.weights}
 
-    def compare_base(self, found: str) -> None:
-        if found != self.base.sha256:
-            raise LedgerError(
-                f"the adapted weights of {self.base.name} have sha256 {found}, but this ledger was written for"
-                f" {self.base.sha256}: load the run's revision ({self.base.revision}) and dtype ({self.base.dtype})"
-            )
+    def magnitudes(self, experts: int | None = None) -> dict[str, Tensor]:
+        """DoRA's magnitudes by name after so many experts (default: all); {} for other methods or no expert.
 
-    def replay(self, base_weight: Callable[[str], Tensor], experts: int | None = None) -> Iterator[tuple[str, Tensor]]:
+        Raises:
+            LedgerError: as for `slow`.
+        """
+        count = len(self.first(experts))
+        if count == 0:
+            return {}
+        with self.expert_file(count) as file:
+            held = set(file.keys())
+            names = [name for name in self.weights if f"{name}.magnitude" in held]
+            return {name: file.get_tensor(f"{name}.magnitude") for name in names}
+
+    def expert_file(self, experts: int) -> Any:
+        """The open file of the last of so many experts."""
+        if not self.still_known(experts):
+            raise LedgerError(f"{self.directory}: no expert was asked for; the first has index 1")
+        return safe_open(self.directory / self.experts[experts - 1].file, framework="pt")
+
+    def accumulator_slice(self, name: str, start: int, stop: int) -> Tensor:
+        """Elements [start, stop) of a weight's accumulator in the snapshot, float32 of (stop - start,).
+
+        No more than them is read.
+
+        Raises:
+            LedgerError: there is no snapshot.
+        """
+        if self.snapshot is None:
+            raise LedgerError(f"{self.directory} has no snapshot: its accumulators are replayed from expert 1")
+        with safe_open(self.directory / self.snapshot.file, framework="pt") as file:
+            return file.get_slice(f"{name}.accumulator")[start:stop]
+
+    def replay(
+        self, base_weight: Callable[[str], Tensor], experts: int | None = None, noise: bool = True
+    ) -> Iterator[tuple[str, Tensor]]:
         """The adapted weights after the first `experts` experts (default: all), one at a time.
 
         Args:
             base_weight: gives the pretrained weight of a name, of shape (out, in), in `base.dtype`.
+            noise: False leaves the noise out, as the run never had it.
 
         Yields:
-            (name, weight of shape (out, in) in `base.dtype`), the bits of the live run.
+            (name, weight of shape (out, in) in `base.dtype`), the bits of the live run where `noise` is True.
 
         Raises:
-            LedgerError: there are fewer experts; or, after the last weight, the pretrained weights were not those the
-                run began with. `check_base` tells before.
+            LedgerError: there are fewer experts, or what is asked for was compacted away; or, after the last weight,
+                the pretrained weights were not those the run began with. `check_base` tells before.
         """
-        if experts is not None and not 0 <= experts <= len(self.experts):
-            raise LedgerError(f"{self.directory} holds {len(self.experts)} experts, {experts} were asked for")
-        records = self.experts[:experts]
         seen = hashlib.sha256()
-        with ExitStack() as stack:
-            files = [stack.enter_context(safe_open(self.directory / record.file, framework="pt")) for record in records]
-            for position, name in enumerate(self.weights):
+        with self.opened(experts, noise) as files:
+            for name in self.weights:
                 base = base_weight(name)
                 seen.update(bytes_of(base))
-                accumulator = base.detach().float().flatten().clone()
-                for record, file in zip(records, files, strict=True):
-                    stream = Stream(self.seed, record.index, position, Purpose.NOISE)
-                    add_noise_(accumulator, stream, record.noise_scale[name])
-                    pair = Pair(file.get_tensor(f"{name}.slow_A"), file.get_tensor(f"{name}.slow_B"))
-                    add_delta_(accumulator, pair, self.adapter.scaling)
-                yield name, accumulator.to(base.dtype).view(base.shape)
+                yield name, self.accumulator(name, base, files, noise).to(base.dtype).view(base.shape)
         self.compare_base(seen.hexdigest())
 
-    def replay_noised(self, base_weight: Callable[[str], Tensor]) -> Iterator[tuple[str, Tensor]]:
+    @contextmanager
+    def opened(self, experts: int | None, noise: bool) -> Iterator[list[tuple[ExpertRecord, Any]]]:
+        """The records after the snapshot, up to `experts`, each with its open file."""
+        records = self.still_known(experts)[self.compacted :]
+        if self.snapshot is not None and not noise:
+            raise LedgerError(
+                f"{self.directory}: experts 1 to {self.compacted} were compacted with their noise, which can no longer"
+                " be left out"
+            )
+        with ExitStack() as stack:
+            yield [
+                (record, stack.enter_context(safe_open(self.directory / record.file, framework="pt")))
+                for record in records
+            ]
+
+    def accumulator(self, name: str, base: Tensor, files: list[tuple[ExpertRecord, Any]], noise: bool) -> Tensor:
+        """The accumulator of a weight after the experts of `files`, float32 of (out·in,)."""
+        if self.snapshot is None:
+            accumulator = base.detach().flatten().to(torch.float32, copy=True)
+        else:
+            accumulator = self.accumulator_slice(name, 0, base.numel()).clone()  # the file may be mapped
+        for record, file in files:
+            if noise:
+                stream = Stream(self.seed, record.index, self.weights.index(name), Purpose.NOISE)
+                add_noise_(accumulator, stream, record.noise_scale[name])
+            pair = Pair(file.get_tensor(f"{name}.slow_A"), file.get_tensor(f"{name}.slow_B"))
+            add_delta_(accumulator, pair, self.adapter.scaling)
+        return accumulator
+
+    def replay_noised(
+        self, base_weight: Callable[[str], Tensor], experts: int | None = None, noise: bool = True
+    ) -> Iterator[tuple[str, Tensor]]:
         """The matrices of `noised` as the run has them from its first expert on, as `replay` gives the adapted ones."""
+        records = self.first(experts) if noise else []
         for position, name in enumerate(self.noised, start=len(self.weights)):
             base = base_weight(name)
-            noised = base.detach().float().flatten().clone()
-            for record in self.experts:
+            noised = base.detach().flatten().to(torch.float32, copy=True)
+            for record in records:
                 add_noise_(noised, Stream(self.seed, record.index, position, Purpose.NOISE), record.noise_scale[name])
             yield name, noised.to(base.dtype).view(base.shape)

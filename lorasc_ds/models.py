@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -19,6 +19,8 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from lorasc_ds.config import ModelConfig
 from lorasc_ds.errors import ConfigError
@@ -94,6 +96,57 @@ def load_model(config: ModelConfig) -> PreTrainedModel:
                 f" its files ({', '.join(absent[:3])}): they would be random; give a complete checkpoint"
             )
     return model
+
+
+class PretrainedTensors:
+    """The tensors in the safetensors files of a pretrained model, read from the disk one at a time, when asked for.
+
+    Args:
+        config: the model; floating-point tensors are cast to its dtype, as loading the model does.
+        files: its safetensors files.
+    """
+
+    def __init__(self, config: ModelConfig, files: Sequence[str]) -> None:
+        self.config = config
+        opened = [safe_open(path, framework="pt") for path in files]
+        self.files = {key: file for file in opened for key in list(file.keys())}
+
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        """As it is stored; None where the files have no such tensor."""
+        return tuple(self.files[name].get_slice(name).get_shape()) if name in self.files else None
+
+    def __call__(self, name: str) -> Tensor:
+        """The tensor that is stored under `name`.
+
+        Raises:
+            ConfigError: there is none.
+        """
+        if name not in self.files:
+            raise ConfigError(
+                f"model.name_or_path {self.config.name_or_path}: its files hold no {name}, which transformers renames"
+                " at load; load the model once and give what save_pretrained makes of it"
+            )
+        with loading(name, self.config):
+            tensor = self.files[name].get_tensor(name)
+        return tensor.to(DTYPES[self.config.dtype]) if tensor.is_floating_point() else tensor
+
+
+def pretrained_tensors(config: ModelConfig) -> PretrainedTensors:
+    """Open the safetensors files of a local folder or a hub snapshot; no tensor is read yet.
+
+    The result, called with a name as `save_pretrained` writes it (a ledger's are), gives that tensor in `model.dtype`.
+
+    Raises:
+        ConfigError: there are none, or they are damaged.
+    """
+    with loading("its safetensors files", config):
+        source = source_of(config)
+        name, revision = source["pretrained_model_name_or_path"], source["revision"]
+        whole = cached_file(name, SAFE_WEIGHTS_NAME, revision=revision, _raise_exceptions_for_missing_entries=False)
+        if whole is not None:
+            return PretrainedTensors(config, [whole])
+        index = cached_file(name, SAFE_WEIGHTS_INDEX_NAME, revision=revision)
+        return PretrainedTensors(config, get_checkpoint_shard_files(name, index, revision=revision)[0])
 
 
 def refuse_bidirectional(config: ModelConfig, model: PreTrainedModel, logits: Callable[[Tensor], Tensor]) -> None:

@@ -162,7 +162,13 @@ class Boundaries:
             seconds=time.perf_counter() - began,
         )
 
-    def resume(self, expert: Expert | None, noise_intensity: float, noise_scale: Mapping[str, float]) -> None:
+    def resume(
+        self,
+        expert: Expert | None,
+        noise_intensity: float,
+        noise_scale: Mapping[str, float],
+        passing: Callable[[int, bool], None] = lambda expert, closed: None,
+    ) -> None:
         """Do to the pretrained weights what the run did until now: the closed experts are in the ledger.
 
         The pairs and the optimizer are as they were.
@@ -170,10 +176,20 @@ class Boundaries:
         Args:
             expert: the one that is open, if any.
             noise_intensity, noise_scale: as `Opening` gave them for `expert`.
+            passing: called whenever the weights are those inside an expert, and those after it: with its index, and
+                whether it has closed.
         """
+        snapshot = self.ledger.snapshot
+        if snapshot is not None:
+            self.live.write_accumulators(self.ledger.accumulator_slice)
+            self.remember(self.ledger.slow(snapshot.experts))
+            passing(snapshot.experts, True)
         for record, slow in self.ledger.closed():
-            self.live.replay(record.index, record.noise_scale, slow)
-            self.slow = {name: pair.to(self.processes.device) for name, pair in slow.items()}
+            self.live.add_noise(record.index, record.noise_scale)
+            passing(record.index, False)
+            self.live.add(slow)
+            self.remember(slow)
+            passing(record.index, True)
         if expert is None:
             return
         fresh = self.live.fresh_pairs(expert.index)
@@ -182,7 +198,12 @@ class Boundaries:
         self.live.write_frozen(fresh)
         self.live.project_gradients(fresh)
         self.noise_intensity, self.noise_scale = noise_intensity, dict(noise_scale)
-        self.live.replay(expert.index, noise_scale, None)
+        self.live.add_noise(expert.index, noise_scale)
+        passing(expert.index, False)
+
+    def remember(self, slow: Mapping[str, Pair]) -> None:
+        """Take these as the slow pairs."""
+        self.slow = {name: pair.to(self.processes.device) for name, pair in slow.items()}
 
     def choose_noise(self, expert: Expert) -> Choice:
         """λ and c for opening `expert`: in proportion to std(D(slow)), or for NoisyTune to std(W₀)."""
@@ -276,11 +297,16 @@ class Boundaries:
         )
 
     @contextmanager
-    def as_if_closed(self) -> Iterator[None]:
-        """Inside, the model is what closing the open expert now would ship; after, it is as before, to the bit."""
+    def as_if_closed(self) -> Iterator[dict[str, Pair]]:
+        """Inside, the model is what closing the open expert now would ship; after, it is as before, to the bit.
+
+        Yields:
+            what closing would merge, by name.
+        """
         fast = self.live.pairs()
-        with self.live.as_if_merged(self.slow_after(fast, self.choose_retention(fast).value), fast):
-            yield
+        merged = self.slow_after(fast, self.choose_retention(fast).value)
+        with self.live.as_if_merged(merged, fast):
+            yield merged
 
     def choose_retention(self, fast: Mapping[str, Pair]) -> Choice:
         """α for closing the open expert now."""

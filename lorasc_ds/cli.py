@@ -212,14 +212,17 @@ class Invocation:
     """What the command line asks for.
 
     Args:
+        resume: `auto`, `must`, `never`, or the folder of a checkpoint.
+        resume_override: settings that may differ from those the run began with.
         gpus, gpu_memory: how many the plan of a dry run is for, and the GiB of each; None: those that are here.
     """
 
     config: Config
     recipe: Path
     output_dir: Path
-    resume: Literal["auto", "never"]
+    resume: Literal["auto", "must", "never"] | Path
     dry_run: bool
+    resume_override: tuple[str, ...] = ()
     deepspeed: Path | None = None
     gpus: int | None = None
     gpu_memory: float | None = None
@@ -240,9 +243,17 @@ def make_parser(default_recipe: Path) -> argparse.ArgumentParser:
     parser.add_argument("--output_dir", type=Path, help="run directory (default: runs/RECIPE-STRATEGY)")
     parser.add_argument(
         "--resume",
-        choices=("auto", "never"),
+        metavar="auto|must|never|PATH",
         default="auto",
-        help="auto: a finished run of the same configuration prints its summary; never: the directory must be empty",
+        help="auto: go on with the run in output_dir, begin where there is none, print the summary of a finished one;"
+        " must: there has to be something to go on with; never: the directory must be empty; PATH: go on from this"
+        " checkpoint, in the directory of its run or in an empty one",
+    )
+    parser.add_argument(
+        "--resume_override",
+        metavar="KEY[,KEY]",
+        default="",
+        help="settings that differ from those the run began with, and hold from the checkpoint on",
     )
     parser.add_argument("--dry_run", action="store_true", help="check everything, print the plan; load no weights")
     parser.add_argument(
@@ -284,14 +295,15 @@ def parse_command_line(arguments: Sequence[str], default_recipe: Path) -> Invoca
         return describe(config)
     output_dir = options.output_dir or Path("runs") / f"{options.config.stem}-{config.cascade.strategy}"
     return Invocation(
-        config,
-        options.config,
-        output_dir,
-        options.resume,
-        options.dry_run,
-        options.deepspeed,
-        options.gpus,
-        options.gpu_memory,
+        config=config,
+        recipe=options.config,
+        output_dir=output_dir,
+        resume=options.resume if options.resume in ("auto", "must", "never") else Path(options.resume),
+        resume_override=tuple(key.strip() for key in options.resume_override.split(",") if key.strip()),
+        dry_run=options.dry_run,
+        deepspeed=options.deepspeed,
+        gpus=options.gpus,
+        gpu_memory=options.gpu_memory,
     )
 
 

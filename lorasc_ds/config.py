@@ -153,6 +153,12 @@ class CascadeConfig(Section):
         description="How a boundary edits weights that ZeRO-3 has cut up: each rank its own slices, or rank 0 one"
         " gathered weight at a time; the same bits. auto: local where a trial on the live model succeeds.",
     )
+    compact_ledger_above: float | None = Field(
+        default=16.0,
+        gt=0,
+        description="GiB of ledger above which a snapshot of the float32 sums takes the place of the early experts;"
+        " null: never. What was compacted can no longer be rolled back to or exported as an adapter.",
+    )
     max_boundary_drift: float | None = Field(
         default=None,
         gt=0,
@@ -286,6 +292,24 @@ class TrainingConfig(Section):
         default="last", description="What ships: the last weights, or those of the epoch with the lowest dev loss."
     )
     save_model: bool = Field(default=True, description="Write the merged model to `model/`.")
+    checkpoint_steps: int | None = Field(
+        default=100,
+        ge=1,
+        description="Optimizer steps between two checkpoints; null: none but where the run is asked to stop.",
+    )
+    checkpoints_kept: int = Field(default=2, ge=1, description="How many checkpoints stay; older ones are removed.")
+    save_failures_allowed: int = Field(
+        default=3,
+        ge=0,
+        description="Checkpoints that may fail one after the other, on a full disk for instance, before the run ends.",
+    )
+    non_finite: Literal["stop", "skip"] = Field(
+        default="stop",
+        description="A step whose loss or gradient is not finite is never taken: end the run, or leave the step out.",
+    )
+    max_skipped_steps: int = Field(
+        default=10, ge=1, description="Steps that a run may leave out before it ends (non_finite skip)."
+    )
     ddp_timeout: int = Field(
         default=1800, ge=1, description="Seconds that a process waits for the others before it gives up."
     )

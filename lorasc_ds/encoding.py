@@ -5,6 +5,8 @@ A sequence of tokens is scored on its last `scored` tokens, given all before the
 
 from __future__ import annotations
 
+import hashlib
+from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -40,6 +42,18 @@ class EncodedExample:
     def target(self) -> ScoredTokens:
         """The right answer, which language modelling trains on."""
         return self.candidates[self.gold[0]]
+
+
+def digest_of(examples: Iterable[EncodedExample]) -> str:
+    """sha256 over examples in their order: ids, tokens, what is scored and what is right."""
+    total = hashlib.sha256()
+    for example in examples:
+        lengths = [number for candidate in example.candidates for number in (len(candidate.ids), candidate.scored)]
+        numbers = array("q", [*lengths, -1, *example.gold, -1])
+        for candidate in example.candidates:
+            numbers.extend(candidate.ids)
+        total.update(example.id.encode() + b"\0" + numbers.tobytes())
+    return total.hexdigest()
 
 
 class Encoder:

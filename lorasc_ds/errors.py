@@ -24,10 +24,10 @@ class DataError(RunError):
 
 
 class StoppedError(RunError):
-    """A signal asked the run to end; the code is the shell's, 128 and the signal's number."""
+    """A second signal ended the run at once; the code is the shell's, 128 and the signal's number."""
 
     def __init__(self, signum: int) -> None:
-        super().__init__(f"stopped by {signal.Signals(signum).name}; what the ledger holds is whole, the run is not")
+        super().__init__(f"stopped at once by a second {signal.Signals(signum).name}; the last checkpoint is whole")
         self.exit_code = 128 + signum
 
 
@@ -35,6 +35,18 @@ class DivergedError(RunError):
     """A number is not finite, or a merge changed what the model computes."""
 
     exit_code = 3
+
+
+class CheckpointError(RunError):
+    """What a run is to be continued from cannot be used, or could not be written."""
+
+    exit_code = 4
+
+
+class PreemptedError(RunError):
+    """The run was asked to stop. Raised by all processes at one point, where the weights are as between two steps."""
+
+    exit_code = 75  # EX_TEMPFAIL of sysexits.h: try again
 
 
 class PeerError(RunError):

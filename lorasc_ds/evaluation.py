@@ -37,11 +37,13 @@ def evaluate(
     batch_size: int,
     pad_id: int,
     processes: Processes,
+    poll: Callable[[], None] = lambda: None,
 ) -> Scores:
     """Loss on every split but `train`, and accuracy (`candidates`) or perplexity (`documents`).
 
     The loss is the one that is trained on. `batch_size` counts the model's inputs, not examples. The
-    processes take the batches in turn; all get the same scores, those of one process to the last bit.
+    processes take the batches in turn; all get the same scores, those of one process to the last bit. `poll` is
+    called between batches, in all processes at the same ones; what it raises ends the evaluation.
     """
 
     def sums(chosen: Sequence[EncodedExample]) -> Sums:
@@ -50,7 +52,7 @@ def evaluate(
         return candidate_sums(model, task.loss, chosen, pad_id, processes.device)
 
     def score(examples: Sequence[EncodedExample]) -> dict[str, float]:
-        total_loss, counted, correct = total(list(batches(examples, batch_size)), sums, processes)
+        total_loss, counted, correct = total(list(batches(examples, batch_size)), sums, processes, poll)
         mean = total_loss / counted
         if task.kind == "documents":
             return {"perplexity": math.exp(mean) if mean < 700 else math.inf, "loss": mean}
@@ -75,10 +77,12 @@ def total(
     chosen: Sequence[Sequence[EncodedExample]],
     sums: Callable[[Sequence[EncodedExample]], Sums],
     processes: Processes,
+    poll: Callable[[], None],
 ) -> list[float]:
     """The sums over all batches, each computed by one process."""
     rows = torch.zeros(len(chosen), 3, dtype=torch.float64, device=processes.device)
     for first in range(0, len(chosen), processes.world_size):
+        poll()
         mine = first + processes.rank
         # A process without a batch still takes part: a forward pass may gather weights from all.
         row = sums(chosen[mine if mine < len(chosen) else 0])

@@ -5,8 +5,9 @@ Everything is in place: the same tensors, the same optimizer object. Nothing is 
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from lorasc_ds.algorithm.experts import Pair
 from lorasc_ds.algorithm.ledger import digest
 from lorasc_ds.algorithm.noise import Purpose, Stream
 from lorasc_ds.algorithm.pruning import pruned_elements
+from lorasc_ds.errors import PreemptedError
 from lorasc_ds.method import Pruning
 from lorasc_ds.models import read_weights, save_model
 from lorasc_ds.sharding import Backend, Processes, Slice
@@ -119,18 +121,24 @@ class LiveWeights:
         self.clear_B()
         return squares
 
-    def replay(self, expert: int, noise_scale: Mapping[str, float], pairs: Mapping[str, Pair] | None) -> None:
-        """Do to the weights what an earlier run did at one expert: its noise, then its merge, if it has closed.
-
-        The pairs that are on the model stay as they are.
-        """
-        self.add_noise(expert, noise_scale)
-        if pairs is None:
-            return
+    def add(self, pairs: Mapping[str, Pair]) -> None:
+        """W <- W + D (eq. 12), to make again what `merge` did once; the pairs that are on the model stay."""
         for one in self.weights:
             with self.backend.edit(one.weight) as part:
                 accumulator = self.accumulator_of(one, part)
                 merge.add_delta_(accumulator, pairs[one.name].to(accumulator.device), one.scaling, part.start)
+                merge.round_into_(part.flat, accumulator)
+
+    def write_accumulators(self, slice_of: Callable[[str, int, int], Tensor]) -> None:
+        """Set the float32 sums behind the weights, and the weights.
+
+        Args:
+            slice_of: gives the elements [start, stop) of a weight's sums by its name, float32 of (stop - start,).
+        """
+        for one in self.weights:
+            with self.backend.edit(one.weight) as part:
+                accumulator = self.accumulator_of(one, part)
+                accumulator.copy_(slice_of(one.name, part.start, part.start + part.flat.numel()))
                 merge.round_into_(part.flat, accumulator)
 
     @contextmanager
@@ -148,16 +156,26 @@ class LiveWeights:
     def as_if_merged(self, pairs: Mapping[str, Pair], fast: Mapping[str, Pair]) -> Iterator[None]:
         """Inside, the model is what `merge` would make of it; `fast` are the pairs that are on it before and after."""
 
-        def write(position: int, part: Slice, accumulator: Tensor) -> None:
-            one = self.weights[position]
-            merge.write_merged_(part.flat, accumulator, pairs[one.name].to(accumulator.device), one.scaling, part.start)
-
         def restore_B() -> None:
             for one in self.weights:
                 self.backend.write(one.B, fast[one.name].B)
 
-        with self.undone(write, before=self.clear_B, after=restore_B):
+        with self.as_if_added(pairs, before=self.clear_B, after=restore_B):
             yield
+
+    def as_if_added(
+        self,
+        pairs: Mapping[str, Pair],
+        before: Callable[[], None] = lambda: None,
+        after: Callable[[], None] = lambda: None,
+    ) -> AbstractContextManager[None]:
+        """Inside, the adapted weights are what `add` would make of them; `before` and `after` as in `undone`."""
+
+        def write(position: int, part: Slice, accumulator: Tensor) -> None:
+            one = self.weights[position]
+            merge.write_merged_(part.flat, accumulator, pairs[one.name].to(accumulator.device), one.scaling, part.start)
+
+        return self.undone(write, before, after)
 
     @contextmanager
     def undone(
@@ -188,8 +206,9 @@ class LiveWeights:
 
         try:
             yield
-        except BaseException:
-            if self.processes.world_size == 1:  # else the run is over, and the others are not here to take part
+        except BaseException as error:
+            # Of several processes, the others are here to take part only if all were asked to stop.
+            if self.processes.world_size == 1 or isinstance(error, PreemptedError):
                 undo()
             raise
         undo()
@@ -275,6 +294,30 @@ class LiveWeights:
     def magnitudes(self) -> dict[str, Tensor]:
         """DoRA's magnitudes by name, copies; {} for the other methods."""
         return {one.name: self.backend.read(one.magnitude) for one in self.weights if one.magnitude is not None}
+
+    def write_magnitudes(self, magnitudes: Mapping[str, Tensor]) -> None:
+        for one in self.weights:
+            if one.magnitude is not None:
+                self.backend.write(one.magnitude, magnitudes[one.name])
+
+    def copies(self) -> dict[str, Tensor]:
+        """This process's slices of the adapted weights in use, in host memory, by name."""
+        copies = {}
+        for one in self.weights:
+            with self.backend.edit(one.weight) as part:
+                copies[one.name] = part.flat.to("cpu", copy=True)
+        return copies
+
+    def write_copies(self, copies: Mapping[str, Tensor]) -> None:
+        """Set the adapted weights in use, and not the sums behind them, to what `copies` gave."""
+        for one in self.weights:
+            with self.backend.edit(one.weight) as part:
+                part.flat.copy_(copies[one.name])
+
+    def checksum(self) -> str:
+        """Of the adapted weights in use, cheaper than `weights_sha256`, and the same under every engine."""
+        sums = self.backend.bit_sums([one.weight for one in self.weights])
+        return hashlib.sha256(" ".join(map(str, sums)).encode()).hexdigest()
 
     def weights_sha256(self) -> str:
         """Digest of the adapted weights in use, in ledger order, as the main process has them."""

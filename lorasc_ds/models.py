@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from transformers import (
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
+from lorasc_ds.algorithm.files import current_umask
 from lorasc_ds.config import ModelConfig
 from lorasc_ds.errors import ConfigError
 
@@ -197,10 +197,10 @@ def save_model(
     if tokenizer is not None:
         tokenizer.save_pretrained(temporary)
     check(temporary)
-    umask = os.umask(0)
-    os.umask(umask)
     for file in temporary.iterdir():
-        file.chmod(0o666 & ~umask)  # safetensors writes 0600
+        file.chmod(0o666 & ~current_umask())  # safetensors writes 0600
+    if directory.exists():  # of the same run, which was continued
+        shutil.rmtree(directory)
     temporary.rename(directory)
 
 

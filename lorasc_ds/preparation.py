@@ -14,7 +14,7 @@ from lorasc_ds.adapters import AdaptedWeight, attach
 from lorasc_ds.algorithm.plan import Expert, Plan, Schedule, compressed_warmup
 from lorasc_ds.config import Config, TextConfig, TrainingConfig
 from lorasc_ds.data import TrainingData
-from lorasc_ds.encoding import EncodedExample, Encoder
+from lorasc_ds.encoding import EncodedExample, Encoder, digest_of
 from lorasc_ds.errors import ConfigError
 from lorasc_ds.method import Method, make_method, make_plan, make_schedule, unused_settings
 from lorasc_ds.tasks import Task, load_task
@@ -50,6 +50,11 @@ class Preparation:
     evaluation_steps: frozenset[int]
     selection_steps: frozenset[int]
     truncated: int
+
+    @property
+    def data_sha256(self) -> dict[str, str]:
+        """Digest of the tokens of every split, in their order."""
+        return {split: digest_of(examples) for split, examples in self.splits.items()}
 
     @property
     def accumulation(self) -> int:

@@ -6,23 +6,31 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
+import shutil
+import socket
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
+from filelock import FileLock, Timeout
 
-from lorasc_ds.algorithm.files import write_atomically
+from lorasc_ds.algorithm.files import current_umask, write_atomically
 from lorasc_ds.cli import RecipeLoader, to_yaml
 from lorasc_ds.config import Config
-from lorasc_ds.errors import ConfigError
+from lorasc_ds.errors import CheckpointError, ConfigError
 
 PACKAGES = (
     "lorasc_ds", "torch", "accelerate", "transformers", "peft", "safetensors", "tokenizers", "numpy", "scikit-learn",
-    "pydantic", "tensorboard",
+    "pydantic", "tensorboard", "deepspeed",
 )  # fmt: skip
-State = Literal["running", "done", "failed"]
+OTHERS = {"STOP", ".lock", ".owner"}
+State = Literal["running", "preempted", "done", "failed"]
+SECRETS = re.compile("TOKEN|KEY|SECRET|PASSWORD|CREDENTIAL", re.IGNORECASE)
 
 
 def flatten(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -33,50 +41,104 @@ def flatten(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def finished_summary(directory: Path, config: Config, resume: str) -> dict[str, Any] | None:
-    """The summary of a finished run of this very configuration, or None where a run may begin.
+def check_usable(directory: Path, resume: str | Path) -> None:
+    """Whether a run may begin or go on in the directory, as far as names tell.
 
     Raises:
-        ConfigError: the directory holds something else, or cannot be written.
+        ConfigError: it holds something else, must be empty and is not, or cannot be written.
+        CheckpointError: there is nothing to go on with, where there has to be.
     """
     remedy = "choose another --output_dir or remove it"
     try:
         # STOP may have come before the run: a job script turns a signal into it
-        present = sorted(path.name for path in directory.iterdir() if path.name != "STOP") if directory.exists() else []
+        present = sorted({path.name for path in directory.iterdir()} - OTHERS) if directory.exists() else []
     except OSError as error:
         raise ConfigError(f"--output_dir {directory}: {error.strerror}; {remedy}") from error
     if not present:
         parent = next(path for path in (directory, *directory.absolute().parents) if path.exists())
         if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
             raise ConfigError(f"--output_dir {directory}: {parent} cannot be written; choose another --output_dir")
-        return None
-    if resume == "never":
+        if resume == "must":
+            raise CheckpointError(f"--resume must: {directory} holds no run to go on with; give --resume auto to begin")
+    elif resume == "never":
         raise ConfigError(f"--output_dir {directory} is not empty and --resume is never: {remedy}")
-    try:
-        before = yaml.load((directory / "config.yaml").read_text(), RecipeLoader)
-        state = json.loads((directory / "status.json").read_text())["state"]
-        old = flatten(before)
-    except (OSError, yaml.YAMLError, ValueError, KeyError, TypeError, AttributeError):
+    elif not {"config.yaml", "checkpoints"} & set(present):
         raise ConfigError(
             f"--output_dir {directory} holds something that is no run ({', '.join(present[:3])}): {remedy}"
-        ) from None
-    new = flatten(config.model_dump(mode="json"))
-    changed = [f"{key} {old.get(key)} -> {new.get(key)}" for key in sorted(old | new) if old.get(key) != new.get(key)]
-    if changed:
-        raise ConfigError(
-            f"--output_dir {directory} holds a run of another configuration ({', '.join(changed)}): {remedy}"
         )
-    if state != "done":
-        raise ConfigError(
-            f"--output_dir {directory} holds an unfinished run (state {state}), and this version keeps no checkpoints"
-            f" to continue from: {remedy}"
-        )
+
+
+def settings_of(directory: Path) -> dict[str, Any]:
+    """The flattened configuration of the run in `directory`.
+
+    Raises:
+        CheckpointError: `config.yaml` cannot be read.
+    """
+    try:
+        return flatten(yaml.load((directory / "config.yaml").read_text(), RecipeLoader))
+    except (OSError, yaml.YAMLError, ValueError, AttributeError) as error:
+        raise CheckpointError(
+            f"{directory / 'config.yaml'} cannot be read ({type(error).__name__}), and there is no checkpoint: choose"
+            " another --output_dir or remove it"
+        ) from error
+
+
+def finished_summary(directory: Path) -> dict[str, Any] | None:
+    """The summary of the run in `directory`, if it is finished.
+
+    Raises:
+        CheckpointError: it is, and its summary cannot be read.
+    """
+    if state_of(directory) != "done":
+        return None
     try:
         return json.loads((directory / "summary.json").read_text())
     except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"--output_dir {directory} holds a finished run without a readable summary.json: {remedy}"
+        raise CheckpointError(
+            f"{directory / 'summary.json'} of a finished run cannot be read ({type(error).__name__}): remove"
+            f" {directory / 'status.json'}, and the same command writes it again"
         ) from error
+
+
+def state_of(directory: Path) -> str | None:
+    """What `status.json` says; None where it is missing or damaged."""
+    try:
+        return json.loads((directory / "status.json").read_text())["state"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+@contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """Inside, no other run uses the directory. The lock ends with the process, whatever ends it.
+
+    Raises:
+        ConfigError: another run does; the message says which; or the directory cannot be written.
+    """
+    owner = directory / ".owner"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(directory / ".lock", mode=0o666 & ~current_umask())
+        with lock.acquire(timeout=0):
+            write_atomically(owner, f"process {os.getpid()} on {socket.gethostname()}".encode())
+            yield
+    except Timeout:
+        who = owner.read_text() if owner.exists() else "another process"
+        raise ConfigError(
+            f"--output_dir {directory} is in use by {who}: wait for it, stop it, or choose another --output_dir"
+        ) from None
+    except PermissionError as error:
+        raise ConfigError(
+            f"--output_dir {directory}: {error.strerror}; choose a directory that can be written"
+        ) from error
+
+
+def clear(directory: Path) -> None:
+    """Remove what a run that begins again has written."""
+    for name in ("checkpoints", "ledger", "model", "tensorboard"):
+        shutil.rmtree(directory / name, ignore_errors=True)
+    for name in ("metrics.jsonl", "summary.json", "status.json"):
+        (directory / name).unlink(missing_ok=True)
 
 
 def git_commit() -> str | None:
@@ -90,24 +152,28 @@ def git_commit() -> str | None:
         return None
 
 
-def begin(directory: Path, config: Config) -> None:
-    """Make the directory and write `config.yaml` and `environment.json`.
-
-    Raises:
-        ConfigError: it cannot be written.
-    """
-    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
-    environment = {
-        "command": sys.argv,
+def environment() -> dict[str, Any]:
+    """What the run is computed by: command, commit, versions."""
+    return {
+        "command": [redacted(argument) for argument in sys.argv],
         "commit": git_commit(),
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": versions,
+        "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
     }
-    head = f"# lorasc_ds {versions['lorasc_ds']}, commit {environment['commit']}; all versions in environment.json\n"
+
+
+def begin(directory: Path, config: Config) -> None:
+    """Write `config.yaml` and `environment.json`.
+
+    Raises:
+        ConfigError: they cannot be written.
+    """
+    now = environment()
+    version, commit = now["packages"]["lorasc_ds"], now["commit"]
+    head = f"# lorasc_ds {version}, commit {commit}; all versions in environment.json\n"
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        write_json(directory / "environment.json", environment)
+        write_json(directory / "environment.json", now)
         write_atomically(directory / "config.yaml", (head + to_yaml(config)).encode())
     except OSError as error:
         raise ConfigError(
@@ -115,8 +181,17 @@ def begin(directory: Path, config: Config) -> None:
         ) from error
 
 
+def redacted(text: str) -> str:
+    """The text without the values of environment variables that are called like secrets."""
+    for name, value in os.environ.items():
+        if SECRETS.search(name) and len(value) >= 8:
+            text = text.replace(value, f"<{name}>")
+    return text
+
+
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    write_atomically(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+    """Write a record of the run; secrets of the environment do not get into it."""
+    write_atomically(path, (redacted(json.dumps(content, indent=2, ensure_ascii=False)) + "\n").encode())
 
 
 def write_status(directory: Path, state: State, step: int, expert: int, message: str, exit_code: int | None) -> None:

@@ -17,19 +17,36 @@ from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
 from lorasc_ds import run_directory
-from lorasc_ds.errors import RunError
+from lorasc_ds.errors import PreemptedError, RunError
 from lorasc_ds.tasks import Scores
+from lorasc_ds.watch import LossWatch
 
 PLAIN_LINE_SECONDS = 30.0  # between two lines of the loss where there is no terminal
 
 
 class StepReport(NamedTuple):
-    """An optimizer step: mean loss of the global batch, gradient norm before clipping, tokens read, wall time."""
+    """An optimizer step.
+
+    Args:
+        loss: mean loss of the global batch.
+        grad_norm: of the gradient before clipping.
+        tokens: read.
+        seconds: wall time.
+        examples: ids of the global batch.
+        asked_to_stop: whether any process was.
+    """
 
     loss: float
     grad_norm: float
     tokens: int
     seconds: float
+    examples: tuple[str, ...]
+    asked_to_stop: bool
+
+    @property
+    def finite(self) -> bool:
+        """Whether the step could be taken."""
+        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
 
 
 class Tracker:
@@ -45,6 +62,7 @@ class Tracker:
         log_steps: steps between two records of the loss.
         tensorboard: whether to write `tensorboard/`.
         main: whether this process writes and prints; the others only count.
+        resumed: what `state` gave, where the run goes on; None where it begins.
     """
 
     def __init__(
@@ -59,6 +77,7 @@ class Tracker:
         log_steps: int,
         tensorboard: bool,
         main: bool = True,
+        resumed: dict[str, Any] | None = None,
     ) -> None:
         self.directory = directory
         self.task = task
@@ -69,9 +88,14 @@ class Tracker:
         self.main = main
         records = directory / "metrics.jsonl" if main else Path(os.devnull)
         self.metrics = records.open("a", encoding="utf-8")
-        self.writer = SummaryWriter(directory / "tensorboard") if tensorboard and main else None
-        self.bar = tqdm(total=steps, unit="step", disable=not (main and sys.stderr.isatty()), dynamic_ncols=True)
-        self.step = 0
+        step = 0 if resumed is None else resumed["step"]
+        # What was recorded after the checkpoint happens again: cut off here, hidden in TensorBoard.
+        purge_step = None if resumed is None else step + 1
+        self.writer = SummaryWriter(directory / "tensorboard", purge_step=purge_step) if tensorboard and main else None
+        self.bar = tqdm(
+            total=steps, initial=step, unit="step", disable=not (main and sys.stderr.isatty()), dynamic_ncols=True
+        )
+        self.step = step
         self.expert = 0
         self.window: list[StepReport] = []
         self.learning_rate = 0.0
@@ -79,9 +103,15 @@ class Tracker:
         self.seconds, self.tokens = 0.0, 0
         self.boundary_seconds: list[float] = []
         self.choosing_seconds = 0.0
+        self.skipped = 0
+        self.before: Scores = {}
+        self.after: Scores = {}
+        self.watch = LossWatch()
         self.last_line = time.monotonic()
         self.headed = False
-        self.status("running", "training")
+        if resumed is not None:
+            self.resume(resumed)
+        self.status("running", "loading")
 
     def __enter__(self) -> Tracker:
         return self
@@ -89,13 +119,44 @@ class Tracker:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is not None:
+        if isinstance(error, PreemptedError):
+            self.status("preempted", str(error), error.exit_code)
+        elif error is not None:
             code = error.exit_code if isinstance(error, RunError) else 1
             self.failed(" ".join(f"{type(error).__name__}: {error}".split()), code)
         self.bar.close()
         self.metrics.close()
         if self.writer is not None:
             self.writer.close()
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps: totals, scores, and how far the records go."""
+        return {
+            "step": self.step,
+            "expert": self.expert,
+            "window": [one._replace(examples=())._asdict() for one in self.window],
+            "seconds": self.seconds,
+            "tokens": self.tokens,
+            "boundary_seconds": self.boundary_seconds,
+            "choosing_seconds": self.choosing_seconds,
+            "skipped": self.skipped,
+            "before": self.before,
+            "after": self.after,
+            "metrics_bytes": self.metrics.tell() if self.main else 0,
+        }
+
+    def resume(self, state: dict[str, Any]) -> None:
+        """Go on from `state`; what `metrics.jsonl` holds beyond is cut off."""
+        self.expert = state["expert"]
+        self.window = [StepReport(**one | {"examples": tuple(one["examples"])}) for one in state["window"]]
+        self.seconds, self.tokens = state["seconds"], state["tokens"]
+        self.boundary_seconds = list(state["boundary_seconds"])
+        self.choosing_seconds, self.skipped = state["choosing_seconds"], state["skipped"]
+        self.before, self.after = state["before"], state["after"]
+        if self.main:
+            self.metrics.seek(0, os.SEEK_END)
+            self.metrics.truncate(min(self.metrics.tell(), state["metrics_bytes"]))
+            self.metrics.seek(0, os.SEEK_END)
 
     @property
     def epoch(self) -> float:
@@ -113,6 +174,11 @@ class Tracker:
         if self.main:
             with tqdm.external_write_mode(file=sys.stdout):
                 print(line, flush=True)
+
+    def warn(self, line: str) -> None:
+        """A line that is also a record."""
+        self.record("warning", {"message": line})
+        self.say(f"warning   {line}")
 
     def record(self, event: str, values: dict[str, Any]) -> None:
         """One object of `metrics.jsonl`."""
@@ -136,6 +202,10 @@ class Tracker:
         for summary in hparams(plain, metrics):
             self.writer.file_writer.add_summary(summary)
 
+    def goes_on(self, checkpoint: Path, environment: dict[str, Any]) -> None:
+        """The run was taken up again, by this command and with these versions."""
+        self.record("resumed", {"checkpoint": checkpoint.name, "environment": environment})
+
     def learning_rates(self, rates: dict[str, float]) -> None:
         """The peak learning rate of every parameter group by its role, the first of which is the run's."""
         first = next(iter(rates.values()))
@@ -144,14 +214,26 @@ class Tracker:
 
     def trained(self, learning_rate: float, step: StepReport) -> None:
         """An optimizer step was taken. `log_steps` of them make a record, and so does what an expert leaves over."""
+        self.count(step)
+        strange = self.watch.spike(step.loss)
+        if strange is not None:
+            self.warn(f"step {self.step}: {strange}; its examples: {', '.join(step.examples)}")
+        self.window.append(step)
+        self.learning_rate = learning_rate
+        if self.step % self.log_steps == 0:
+            self.record_window()
+
+    def left_out(self, step: StepReport, reason: str) -> None:
+        """The step is not taken, since its numbers are not finite."""
+        self.count(step)
+        self.skipped += 1
+        self.warn(f"{reason}; left out, number {self.skipped}")
+
+    def count(self, step: StepReport) -> None:
         self.step += 1
         self.seconds += step.seconds
         self.tokens += step.tokens
-        self.window.append(step)
-        self.learning_rate = learning_rate
         self.bar.update()
-        if self.step % self.log_steps == 0:
-            self.record_window()
 
     def record_window(self) -> None:
         """The steps since the last record: means, and the learning rate of the last of them."""
@@ -210,6 +292,7 @@ class Tracker:
 
     def evaluated(self, when: str, scores: Scores) -> None:
         """Every split has been scored."""
+        self.before, self.after = self.before or scores, scores
         self.record("eval", {"scores": scores})
         self.scalars(
             {

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import resource
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -15,54 +15,23 @@ from transformers import PreTrainedModel
 
 from lorasc_ds import models
 from lorasc_ds.adapters import AdaptedWeight, other_matrices, parameter_groups
-from lorasc_ds.algorithm.ledger import Adapter, Base, Ledger
+from lorasc_ds.algorithm.ledger import Adapter, Base, Ledger, LedgerError
 from lorasc_ds.cascade import Boundaries
-from lorasc_ds.data import derived_seed
+from lorasc_ds.data import Batch, derived_seed
 from lorasc_ds.encoding import EncodedExample
-from lorasc_ds.errors import DivergedError
+from lorasc_ds.errors import CheckpointError, ConfigError
 from lorasc_ds.evaluation import evaluate, evaluation_mode, for_the_loss_alone
 from lorasc_ds.live_weights import LiveWeights
 from lorasc_ds.objectives import scored_logits, summed_loss
 from lorasc_ds.preparation import Preparation
-from lorasc_ds.sharding import Backend, Processes, prepare_engine
+from lorasc_ds.selection import Selection
+from lorasc_ds.sharding import Processes, prepare_engine
+from lorasc_ds.stopping import Stopping
 from lorasc_ds.tasks import Scores
 from lorasc_ds.tracking import StepReport
 
 PROBE_EXAMPLES = 4
 PROBE_TOKENS = 256
-
-
-class Selection:
-    """What ships (`training.select`): the last weights, or those with the lowest dev loss so far."""
-
-    def __init__(self, select: str, weights: Sequence[AdaptedWeight], backend: Backend) -> None:
-        self.select = select
-        self.weights = weights
-        self.backend = backend
-        self.dev_loss = math.inf
-        self.step = 0
-        self.scores: Scores = {}
-        self.copies: dict[str, Tensor] = {}
-        self.magnitudes: dict[str, Tensor] = {}
-
-    def consider(self, step: int, scores: Scores) -> None:
-        """Called on the weights that closing now would ship."""
-        if self.select == "best_dev" and scores["dev"]["loss"] < self.dev_loss:
-            self.dev_loss, self.step, self.scores = scores["dev"]["loss"], step, scores
-            for one in self.weights:
-                with self.backend.edit(one.weight) as part:
-                    self.copies[one.name] = part.flat.to("cpu", copy=True)
-                if one.magnitude is not None:
-                    self.magnitudes[one.name] = self.backend.read(one.magnitude)
-
-    def restore(self) -> None:
-        """Put the selected weights into the model; nothing to do with `last`."""
-        for one in self.weights:
-            if one.name in self.copies:
-                with self.backend.edit(one.weight) as part:
-                    part.flat.copy_(self.copies[one.name])
-            if one.magnitude is not None and one.name in self.magnitudes:
-                self.backend.write(one.magnitude, self.magnitudes[one.name])
 
 
 class Trainer:
@@ -71,9 +40,12 @@ class Trainer:
     Args:
         module: the pretrained model; its weights may already be cut up.
         weights: those of `module` that are adapted.
+        stopping: asked at every step and between the batches of an evaluation.
+        ledger_length: how many experts of the ledger in `directory` the run goes on from; None: it begins.
 
     Raises:
-        ConfigError: the model lets a token see those after it.
+        ConfigError: the model lets a token see those after it, or is not the one that the run began with.
+        CheckpointError: the ledger is damaged.
     """
 
     def __init__(
@@ -83,8 +55,11 @@ class Trainer:
         weights: list[AdaptedWeight],
         accelerator: Accelerator,
         directory: Path,
+        stopping: Stopping,
+        ledger_length: int | None = None,
     ) -> None:
         self.preparation = preparation
+        self.stopping = stopping
         self.module = module
         self.weights = weights
         config, data = preparation.config, preparation.data
@@ -120,10 +95,14 @@ class Trainer:
         self.engine.model.train()
         models.refuse_bidirectional(config.model, module, self.logits)
         self.base_sha256 = self.weights_sha256()
-        self.selection = Selection(training.select, weights, self.backend)
+        self.selection = Selection(training.select, self.live)
+        if ledger_length is None:
+            ledger = self.new_ledger(getattr(module.config, "_commit_hash", None), directory / "ledger", tuple(others))
+        else:
+            ledger = self.old_ledger(directory / "ledger", ledger_length)
         self.cascade = Boundaries(
             self.live,
-            self.new_ledger(getattr(module.config, "_commit_hash", None), directory / "ledger", tuple(others)),
+            ledger,
             preparation.method,
             probe=self.probe(),
             dev_loss=self.dev_loss,
@@ -146,6 +125,23 @@ class Trainer:
         )
         if self.processes.main:
             ledger.save()
+        return ledger
+
+    def old_ledger(self, directory: Path, experts: int) -> Ledger:
+        """The first `experts` experts of the run's ledger; the main process removes later ones."""
+        try:
+            ledger = Ledger.load(directory, experts)
+        except LedgerError as error:
+            raise CheckpointError(str(error)) from error
+        if ledger.base.sha256 != self.base_sha256:
+            raise ConfigError(
+                f"model.name_or_path {self.preparation.config.model.name_or_path}: the adapted weights have sha256"
+                f" {self.base_sha256}, but the run began with {ledger.base.sha256}: give the model and revision it"
+                f" began with ({ledger.base.revision}), or take another --output_dir"
+            )
+        self.processes.wait()  # until all have read it
+        if self.processes.main:
+            ledger.discard_others()
         return ledger
 
     def logits(self, ids: Tensor) -> Tensor:
@@ -175,6 +171,7 @@ class Trainer:
             batch_size=self.preparation.config.training.eval_batch_size,
             pad_id=self.preparation.data.pad_id,
             processes=self.processes,
+            poll=lambda: self.stopping.poll(self.processes),
         )
 
     def dev_loss(self) -> float:
@@ -187,42 +184,51 @@ class Trainer:
         return self.live.weights_sha256()
 
     def training_step(self, step: int, learning_rate: float) -> StepReport:
-        """One optimizer step on its global batch.
-
-        Raises:
-            DivergedError: the loss or the gradient is not finite; nothing has been updated.
-        """
+        """One optimizer step on its global batch; not taken where the loss or the gradient is not finite."""
         began = time.perf_counter()
         training = self.preparation.config.training
         batch = self.preparation.data.step(step)
-        totals = torch.zeros(2, dtype=torch.float64, device=self.processes.device)  # loss, tokens
+        totals = torch.zeros(3, dtype=torch.float64, device=self.processes.device)  # loss, tokens, asked to stop
         for number, micro in enumerate(batch.micro_batches, start=1):
             torch.manual_seed(derived_seed(training.seed, step, micro.first))  # dropout
-            with self.engine.micro_step(last=number == len(batch.micro_batches)):
+            with self.engine.micro_step(last=number == len(batch.micro_batches)), explaining_memory(step, micro.batch):
                 loss = summed_loss(self.engine.model, micro.batch.to(self.processes.device), self.preparation.task.loss)
                 loss = loss * micro.counts / batch.normaliser
-                self.engine.backward(loss)
+                # A loss that is not finite makes the gradient so, which every engine looks at; else this is times 1.
+                self.engine.backward(loss * (1 + 0 * loss))
             totals[0] += loss.detach()
             totals[1] += micro.batch.input_tokens * micro.counts
-        loss_sum, tokens = self.processes.sum(totals).tolist()
-        norm = math.nan
-        if math.isfinite(loss_sum):
-            norm = float(self.engine.update(learning_rate, training.max_grad_norm))
-        if not math.isfinite(norm):
-            raise DivergedError(
-                f"step {step + 1}: the loss is {loss_sum:g} and the gradient's norm {norm:g}; stopped before the"
-                f" update. Lower training.learning_rate or look at the examples {', '.join(batch.ids)}"
-            )
-        return StepReport(loss_sum, norm, int(tokens), time.perf_counter() - began)
+        totals[2] = float(self.stopping.asked())
+        loss_sum, tokens, asked = self.processes.sum(totals).tolist()
+        norm = float(self.engine.update(learning_rate, training.max_grad_norm))
+        return StepReport(loss_sum, norm, int(tokens), time.perf_counter() - began, batch.ids, asked > 0)
 
     def save(self, directory: Path, sha256: str) -> None:
         """Write the merged model, whose adapted weights have `sha256`; or a note, if not asked for."""
         if self.preparation.config.training.save_model:
             self.live.save(self.module, directory, self.preparation.tokenizer, sha256)
         elif self.processes.main:
-            directory.mkdir()
+            directory.mkdir(exist_ok=True)
             note = "training.save_model was false: the ledger and the base model give these weights.\n"
             (directory / "NOT_SAVED.txt").write_text(note)
+
+
+@contextmanager
+def explaining_memory(step: int, batch: Batch) -> Iterator[None]:
+    """Turns running out of an accelerator's memory into one line.
+
+    Raises:
+        ConfigError: it did.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        inputs, length = batch.input_ids.shape
+        raise ConfigError(
+            f"step {step + 1}: out of memory on a micro batch of {inputs} sequences of {length} tokens: lower"
+            " training.micro_batch_size or training.max_length, set training.gradient_checkpointing, or cut the model"
+            f" up by --deepspeed ds_configs/zero3.json ({' '.join(str(error).split())[:200]})"
+        ) from error
 
 
 def peak_memory(device: torch.device) -> int:

@@ -37,6 +37,12 @@ def write_atomically(path: Path, data: bytes) -> None:
         file.write(data)
 
 
+def current_umask() -> int:
+    umask = os.umask(0)
+    os.umask(umask)
+    return umask
+
+
 def sync_directory(directory: Path) -> None:
     """Make renames inside `directory` durable."""
     descriptor = os.open(directory, os.O_RDONLY)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -154,18 +154,22 @@ class LedgerFiles:
         return records
 
     @classmethod
-    def load(cls, directory: Path) -> Self:
+    def load(cls, directory: Path, experts: int | None = None) -> Self:
         """Read `ledger.json` and check every file that must be there against its sha256.
 
+        Args:
+            experts: the first so many alone; later ones may be damaged.
+
         Raises:
-            LedgerError: a file is missing or damaged, or the format is another one.
+            LedgerError: a file is missing or damaged, or the format is another one; or there are fewer experts, or the
+                state after so many was compacted away.
         """
         path = directory / "ledger.json"
         try:
             content = json.loads(path.read_text())
             if content["format"] != FORMAT:
                 raise LedgerError(f"{path} has format {content['format']}, this version reads {FORMAT}")
-            experts = [ExpertRecord(**record | {"steps": tuple(record["steps"])}) for record in content["experts"]]
+            listed = [ExpertRecord(**record | {"steps": tuple(record["steps"])}) for record in content["experts"]]
             ledger = cls(
                 directory=directory,
                 strategy=content["strategy"],
@@ -176,20 +180,36 @@ class LedgerFiles:
                 noise_intensity=content["noise_intensity"],
                 weights=tuple(content["weights"]),
                 noised=tuple(content.get("noised", ())),
-                experts=experts,
+                experts=listed,
                 snapshot=Snapshot(**content["snapshot"]) if "snapshot" in content else None,
             )
         except LedgerError:
             raise
         except (OSError, KeyError, TypeError, ValueError) as error:
             raise LedgerError(f"{path} cannot be read as a ledger: {error!r}") from error
-        if not 0 <= ledger.compacted <= len(experts):
-            raise LedgerError(f"{path} lists {len(experts)} experts and a snapshot of {ledger.compacted}")
+        if not 0 <= ledger.compacted <= len(listed):
+            raise LedgerError(f"{path} lists {len(listed)} experts and a snapshot of {ledger.compacted}")
+        ledger.experts = ledger.still_known(experts)
         for name, sha256 in ledger.files().items():
             file = directory / name
             if file.parent != directory or not file.is_file() or sha256_of_file(file) != sha256:
                 raise LedgerError(f"{file} is missing or not the file that was written (sha256 differs)")
         return ledger
+
+    def discard_others(self) -> None:
+        """Write the list as it is here, and remove the files of experts that are not in it."""
+        self.save()
+        listed = {record.file for record in self.experts}
+        for file in self.directory.glob("expert_*.safetensors"):
+            if file.name not in listed:
+                file.unlink()
+
+    def copy(self, directory: Path) -> None:
+        """The same ledger at another place."""
+        directory.mkdir(parents=True, exist_ok=True)
+        for name in self.files():
+            write_atomically(directory / name, (self.directory / name).read_bytes())
+        replace(self, directory=directory).save()
 
     def truncate(self, experts: int, keep: bool) -> None:
         """Drop the records after the first `experts`, then their files.

@@ -104,6 +104,22 @@ class Backend(Protocol):
         """Set what `moments` gives."""
         ...
 
+    def begin_optimizer(self) -> None:
+        """Make the optimizer's state, empty, where no step has made it yet."""
+        ...
+
+    def step_counts(self, parameters: Sequence[nn.Parameter]) -> list[int]:
+        """How many steps the optimizer has counted for each trained parameter."""
+        ...
+
+    def write_step_counts(self, parameters: Sequence[nn.Parameter], counts: Sequence[int]) -> None:
+        """Set what `step_counts` gives."""
+        ...
+
+    def bit_sums(self, weights: Sequence[nn.Parameter]) -> list[int]:
+        """A checksum of each frozen weight, the same however it is cut up: its bits, as integers, added modulo 2⁶⁴."""
+        ...
+
     def differing_replicas(self, weights: Sequence[nn.Parameter]) -> list[int]:
         """Which of the frozen weights are not the same bits on all processes that hold them whole."""
         ...

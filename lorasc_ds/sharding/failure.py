@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 from torch._C._distributed_c10d import TCPStore
 
-from lorasc_ds.errors import PeerError, RunError, StoppedError
+from lorasc_ds.errors import PeerError, PreemptedError, RunError
 
 POLL_SECONDS = 1.0
 GRACE_SECONDS = 5.0  # for the main thread to leave a collective by itself
@@ -54,6 +54,8 @@ def failing_together(rank: int, world_size: int, on_failure: Callable[[str, int]
     watcher.start()
     try:
         yield
+    except PreemptedError:  # no failure, and all raise it together
+        raise
     except BaseException as error:
         message, code = f"rank {rank}: {describe(error)}", error.exit_code if isinstance(error, RunError) else 1
         try:
@@ -78,10 +80,13 @@ def failing_together(rank: int, world_size: int, on_failure: Callable[[str, int]
 
 
 @contextmanager
-def speaking_once_per_node() -> Iterator[None]:
+def speaking_once_per_node(asked_to_stop: Callable[[], bool]) -> Iterator[None]:
     """Inside, before there is a group, all processes usually meet the same error: the first of each node says it.
 
     The others wait for their launcher to end them, and say it themselves if nobody does: it may be theirs alone.
+
+    Args:
+        asked_to_stop: whether this process was.
 
     Raises:
         PeerError: in a process that was ended.
@@ -90,9 +95,10 @@ def speaking_once_per_node() -> Iterator[None]:
         yield
     except RunError as error:
         if os.environ.get("LOCAL_RANK", "0") != "0":
-            try:
-                time.sleep(GRACE_SECONDS)
-            except StoppedError:
+            deadline = time.monotonic() + GRACE_SECONDS
+            while time.monotonic() < deadline and not asked_to_stop():
+                time.sleep(0.05)
+            if asked_to_stop():
                 raise PeerError(str(error), error.exit_code, told=True) from error
         raise
 

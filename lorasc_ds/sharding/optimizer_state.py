@@ -98,6 +98,49 @@ def is_empty(optimizer: Any, parameters: Sequence[nn.Parameter]) -> bool:
     return not any(bool(value.any()) if isinstance(value, Tensor) else bool(value) for value in values)
 
 
+def begin_(optimizer: Any) -> None:
+    """Make the state that the first step would make, zeros; where it is there already, nothing happens."""
+    units = units_of(optimizer)
+    if all(optimizer.state.get(unit.key) for unit in units):
+        return
+    inner = getattr(optimizer, "optimizer", optimizer)  # inside ZeRO's wrapper
+    rates = [group["lr"] for group in inner.param_groups]
+    gradients = [unit.key.grad for unit in units]
+    for group in inner.param_groups:
+        group["lr"] = 0.0
+    for unit in units:
+        unit.key.grad = torch.zeros_like(unit.key)
+    inner.step()  # of no gradient at rate 0: nothing else changes
+    for unit, gradient in zip(units, gradients, strict=True):
+        unit.key.grad = gradient
+    for group, rate in zip(inner.param_groups, rates, strict=True):
+        group["lr"] = rate
+    if hasattr(optimizer, "_lazy_init_hp_params_optimizer_state"):  # ZeRO-1 and 2 link it to the parameters
+        optimizer._lazy_init_hp_params_optimizer_state()
+    empty_(optimizer, [parameter for unit in units for parameter in unit.parameters])
+
+
+def step_counts(optimizer: Any, parameters: Sequence[nn.Parameter]) -> list[int]:
+    """How many steps the optimizer has counted for each parameter."""
+    return [int(optimizer.state.get(key, {}).get("step", 0)) for key in keys_of(optimizer, parameters)]
+
+
+def write_step_counts(optimizer: Any, parameters: Sequence[nn.Parameter], counts: Sequence[int]) -> None:
+    """Set what `step_counts` gives; the parameters of one unit have one count."""
+    for key, count in zip(keys_of(optimizer, parameters), counts, strict=True):
+        held = optimizer.state[key]["step"]
+        if isinstance(held, Tensor):
+            held.fill_(count)
+        else:
+            optimizer.state[key]["step"] = type(held)(count)
+
+
+def keys_of(optimizer: Any, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+    """What the optimizer keeps the state of each parameter under."""
+    keys = {id(parameter): unit.key for unit in units_of(optimizer) for parameter in unit.parameters}
+    return [keys[id(parameter)] for parameter in parameters]
+
+
 def moment_names(optimizer: Any) -> list[str]:
     """What the optimizer calls its moments: tensors as long as what they are kept for; [] before the first step."""
     for unit in units_of(optimizer):

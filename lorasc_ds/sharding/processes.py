@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -57,6 +58,13 @@ class Processes:
         if self.world_size > 1:
             dist.broadcast(values, src=0)
         return values.tolist()
+
+    def share(self, value: Any) -> Any:
+        """The main process's value, of any kind."""
+        held = [value if self.main else None]
+        if self.world_size > 1:
+            dist.broadcast_object_list(held, src=0)
+        return held[0]
 
     def differing(self, numbers: Tensor) -> list[int]:
         """The positions at which the processes hold different integers."""

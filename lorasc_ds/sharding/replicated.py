@@ -10,11 +10,23 @@ import torch
 from torch import Tensor, nn
 
 from lorasc_ds.sharding.backend import Slice
-from lorasc_ds.sharding.optimizer_state import empty_, is_empty, moment_names
+from lorasc_ds.sharding.optimizer_state import (
+    begin_,
+    empty_,
+    is_empty,
+    moment_names,
+    step_counts,
+    write_step_counts,
+)
 from lorasc_ds.sharding.processes import Processes
 
 # Integers of each size, to read a weight's bits.
 INTEGERS = {2: torch.int16, 4: torch.int32}
+
+
+def bit_sum(weight: Tensor) -> Tensor:
+    """The bits of a weight's elements as integers, added; int64 of ()."""
+    return weight.detach().view(INTEGERS[weight.element_size()]).sum(dtype=torch.int64)
 
 
 class ReplicatedBackend:
@@ -55,11 +67,22 @@ class ReplicatedBackend:
         for name, value in moments.items():
             self.optimizer.state[parameter][name].copy_(value)
 
+    def begin_optimizer(self) -> None:
+        begin_(self.optimizer)
+
+    def step_counts(self, parameters: Sequence[nn.Parameter]) -> list[int]:
+        return step_counts(self.optimizer, parameters)
+
+    def write_step_counts(self, parameters: Sequence[nn.Parameter], counts: Sequence[int]) -> None:
+        write_step_counts(self.optimizer, parameters, counts)
+
+    def bit_sums(self, weights: Sequence[nn.Parameter]) -> list[int]:
+        return torch.stack([bit_sum(weight) for weight in weights]).tolist()
+
     def differing_replicas(self, weights: Sequence[nn.Parameter]) -> list[int]:
         if self.processes.world_size == 1:
             return []
-        sums = [weight.detach().view(INTEGERS[weight.element_size()]).sum(dtype=torch.int64) for weight in weights]
-        return self.processes.differing(torch.stack(sums))
+        return self.processes.differing(torch.tensor(self.bit_sums(weights)))
 
 
 class ZeroBackend(ReplicatedBackend):

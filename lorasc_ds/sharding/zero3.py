@@ -24,8 +24,16 @@ from deepspeed.utils import (
 from torch import Tensor, nn
 
 from lorasc_ds.sharding.backend import Slice
-from lorasc_ds.sharding.optimizer_state import empty_, is_empty, moment_names
+from lorasc_ds.sharding.optimizer_state import (
+    begin_,
+    empty_,
+    is_empty,
+    moment_names,
+    step_counts,
+    write_step_counts,
+)
 from lorasc_ds.sharding.processes import Processes
+from lorasc_ds.sharding.replicated import bit_sum
 
 
 class Zero3Backend:
@@ -90,6 +98,26 @@ class Zero3Backend:
         for name, value in moments.items():
             safe_set_local_optimizer_state(parameter, self.own_part(parameter, value), name)
 
+    def begin_optimizer(self) -> None:
+        begin_(self.optimizer)
+
+    def step_counts(self, parameters: Sequence[nn.Parameter]) -> list[int]:
+        return step_counts(self.optimizer, parameters)
+
+    def write_step_counts(self, parameters: Sequence[nn.Parameter], counts: Sequence[int]) -> None:
+        write_step_counts(self.optimizer, parameters, counts)
+
+    def bit_sums(self, weights: Sequence[nn.Parameter]) -> list[int]:
+        sums = torch.stack([bit_sum(self.own(weight).flat) for weight in weights])
+        return self.processes.sum(sums.to(self.processes.device)).tolist()
+
+    def own(self, parameter: nn.Parameter) -> Slice:
+        """The elements of a parameter that this rank keeps, without the padding."""
+        partitioned = cast(Any, parameter)
+        shard: Tensor = partitioned.ds_tensor.data
+        start = min(self.processes.rank * shard.numel(), partitioned.ds_numel)
+        return Slice(shard[: partitioned.ds_numel - start], start)
+
     def differing_replicas(self, weights: Sequence[nn.Parameter]) -> list[int]:
         return []  # every element has one owner
 
@@ -122,13 +150,6 @@ class GatherBackend(Zero3Backend):
 
 class LocalBackend(Zero3Backend):
     """Each rank edits its own slice: rank i of a weight holds [i·n, (i+1)·n), padded at the end."""
-
-    def own(self, parameter: nn.Parameter) -> Slice:
-        """The elements of a parameter that this rank keeps, without the padding."""
-        partitioned = cast(Any, parameter)
-        shard: Tensor = partitioned.ds_tensor.data
-        start = min(self.processes.rank * shard.numel(), partitioned.ds_numel)
-        return Slice(shard[: partitioned.ds_numel - start], start)
 
     @contextmanager
     def edit(self, weight: nn.Parameter) -> Iterator[Slice]:

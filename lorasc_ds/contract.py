@@ -1,0 +1,85 @@
+"""What may change between the beginning of a run and its continuation, and what may not."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+from lorasc_ds.errors import ConfigError
+
+FREE = {
+    "cascade.accumulator",
+    "cascade.compact_ledger_above",
+    "cascade.max_boundary_drift",
+    "cascade.merge_path",
+    "training.checkpoint_steps",
+    "training.checkpoints_kept",
+    "training.ddp_timeout",
+    "training.eval_batch_size",
+    "training.gradient_checkpointing",
+    "training.max_skipped_steps",
+    "training.micro_batch_size",
+    "training.non_finite",
+    "training.save_failures_allowed",
+    "training.save_model",
+    "tracking.log_steps",
+    "tracking.tensorboard",
+}
+"""They change where and how numbers are computed and kept, the results at most by rounding and dropout's masks."""
+
+BY_OVERRIDE = {
+    "cascade.rewarmup_steps",
+    "training.epochs",
+    "training.learning_rate",
+    "training.max_grad_norm",
+    "training.schedule",
+    "training.schedule_span",
+    "training.warmup_steps",
+    "training.weight_decay",
+}
+"""They change the steps to come, and hold from there on."""
+
+
+def changes(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """By dotted key: what it was and what it is now."""
+    return {key: (old.get(key), new.get(key)) for key in sorted(old | new) if old.get(key) != new.get(key)}
+
+
+def check_contract(old: dict[str, Any], new: dict[str, Any], override: Collection[str], remedy: str) -> list[str]:
+    """Compare the settings of a run with those it is to go on with.
+
+    Args:
+        old, new: the flattened configurations.
+        override: keys that `--resume_override` names.
+        remedy: for a setting that cannot change.
+
+    Returns:
+        what changes, a line each.
+
+    Raises:
+        ConfigError: a setting changes that may not, or not without an override.
+    """
+    changed = changes(old, new)
+    told = {key: f"{key} {before} -> {now}" for key, (before, now) in changed.items()}
+    fixed = [line for key, line in told.items() if key not in FREE | BY_OVERRIDE]
+    if fixed:
+        raise ConfigError(f"{', '.join(fixed)}: the run was begun otherwise, and that cannot change; {remedy}")
+    needed = [key for key in changed if key in BY_OVERRIDE and key not in override]
+    if needed:
+        raise ConfigError(
+            f"{', '.join(told[key] for key in needed)}: the run was begun otherwise; to apply it from the checkpoint on"
+            f" add --resume_override {','.join(needed)}, or {remedy}"
+        )
+    return list(told.values())
+
+
+def check_override(keys: Collection[str]) -> None:
+    """
+    Raises:
+        ConfigError: a key cannot be overridden.
+    """
+    for key in keys:
+        if key in FREE:
+            raise ConfigError(f"--resume_override {key}: it may change without; leave it out")
+        if key not in BY_OVERRIDE:
+            raise ConfigError(f"--resume_override {key}: only {', '.join(sorted(BY_OVERRIDE))} can be overridden")

@@ -28,7 +28,8 @@ PACKAGES = (
     "lorasc_ds", "torch", "accelerate", "transformers", "peft", "safetensors", "tokenizers", "numpy", "scikit-learn",
     "pydantic", "tensorboard", "deepspeed",
 )  # fmt: skip
-OTHERS = {"STOP", ".lock", ".owner"}
+OTHERS = {"STOP", ".lock", ".owner"}  # no run, when there is nothing else
+TEMPORARY = ".tmp-"
 State = Literal["running", "preempted", "done", "failed"]
 SECRETS = re.compile("TOKEN|KEY|SECRET|PASSWORD|CREDENTIAL", re.IGNORECASE)
 
@@ -51,9 +52,10 @@ def check_usable(directory: Path, resume: str | Path) -> None:
     remedy = "choose another --output_dir or remove it"
     try:
         # STOP may have come before the run: a job script turns a signal into it
-        present = sorted({path.name for path in directory.iterdir()} - OTHERS) if directory.exists() else []
+        names = {path.name for path in directory.iterdir()} if directory.exists() else set()
     except OSError as error:
         raise ConfigError(f"--output_dir {directory}: {error.strerror}; {remedy}") from error
+    present = sorted(name for name in names - OTHERS if not name.startswith(TEMPORARY))
     if not present:
         parent = next(path for path in (directory, *directory.absolute().parents) if path.exists())
         if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
@@ -173,8 +175,11 @@ def begin(directory: Path, config: Config) -> None:
     version, commit = now["packages"]["lorasc_ds"], now["commit"]
     head = f"# lorasc_ds {version}, commit {commit}; all versions in environment.json\n"
     try:
-        write_json(directory / "environment.json", now)
+        for rest in directory.glob(f"{TEMPORARY}*"):  # of a process that was killed as it wrote
+            shutil.rmtree(rest) if rest.is_dir() else rest.unlink()
+        # The settings first: by them a directory is known as a run's.
         write_atomically(directory / "config.yaml", (head + to_yaml(config)).encode())
+        write_json(directory / "environment.json", now)
     except OSError as error:
         raise ConfigError(
             f"--output_dir {directory}: {error.strerror}; choose a directory that can be written"

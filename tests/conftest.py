@@ -110,7 +110,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Run]:
 
         with monkeypatch.context() as patch:
             patch.setattr(Boundaries, "close_expert", close_and_copy)
-            train_module.run(invocation)
+            train_module.run(invocation, Stopping(directory))
         return Run(directory, json.loads((directory / "summary.json").read_text()), closed)
 
     return start

@@ -48,6 +48,7 @@ from lorasc_ds.models import load_model
 from lorasc_ds.preparation import Preparation, attach_adapters, prepare
 from lorasc_ds.sharding import Launch, Slice, sharded_loading, start
 from lorasc_ds.sharding.launch import quieten_deepspeed
+from lorasc_ds.stopping import Stopping
 from lorasc_ds.trainer import Trainer
 
 RECIPE = Path(__file__).parents[1] / "launch" / "recipes" / "quickstart.yaml"
@@ -210,7 +211,7 @@ def load(
 def make_trainer(case: Case, model: Path, folder: Path, rank: int) -> Trainer:
     """The run of a case, as `train.run` begins it."""
     preparation, accelerator, module, weights, _ = load(case, model, rank)
-    return Trainer(preparation, module, weights, accelerator, folder)
+    return Trainer(preparation, module, weights, accelerator, folder, Stopping(folder))
 
 
 def wrong_layout(case: Case, model: Path, folder: Path, rank: int) -> dict[str, str]:

@@ -178,22 +178,18 @@ def planted_fault(trainer: Trainer) -> str:
 
 
 def not_finite_on_one_rank(trainer: Trainer) -> dict[str, Any]:
-    """What is said where one rank's gradient, or its loss, is not finite; and how far `B` then moved."""
+    """Whether a step counts as finite where one rank's gradient, or its loss, is not; and how far `B` then moved."""
     one = trainer.weights[0]
     before = [whole(other.B) for other in trainer.weights]
     last = trainer.processes.rank == trainer.processes.world_size - 1
-    said = []
+    finite = []
     for spoil in (one.B.register_hook, trainer.module.lm_head.register_forward_hook):
         hook = spoil(lambda *values: values[-1] * torch.inf) if last else None
-        try:
-            trainer.training_step(0, LEARNING_RATE)
-            said.append("nothing")
-        except DivergedError as error:
-            said.append(str(error))
+        finite.append(trainer.training_step(0, LEARNING_RATE).finite)
         if hook is not None:
             hook.remove()
     moved = max(float((whole(other.B) - old).abs().max()) for other, old in zip(trainer.weights, before, strict=True))
-    return {"said": said, "moved": moved}
+    return {"finite": finite, "moved": moved}
 
 
 def collectives_of(work: Callable[[], None]) -> int:

@@ -25,6 +25,7 @@ from lorasc_ds.data import Batch
 from lorasc_ds.models import load_model
 from lorasc_ds.preparation import attach_adapters, prepare
 from lorasc_ds.quickstart.make_base import make_tokenizer
+from lorasc_ds.stopping import Stopping
 from lorasc_ds.trainer import Trainer
 
 RATE = 1e-4
@@ -81,7 +82,8 @@ def main(hidden_size: int | None, steps: int) -> None:
             preparation = prepare(invocation.config)
             module = load_model(invocation.config.model)
             weights = attach_adapters(invocation.config, module)
-            trainer = Trainer(preparation, module, weights, Accelerator(mixed_precision="no"), Path(temporary))
+            accelerator, directory = Accelerator(mixed_precision="no"), Path(temporary)
+            trainer = Trainer(preparation, module, weights, accelerator, directory, Stopping(directory))
             trainer.cascade.open_expert(preparation.plan.expert(1))
             peer = plain_peft(Path(module.config._name_or_path), method)
             ours, theirs = [], []

@@ -21,6 +21,7 @@ from lorasc_ds.cli import parse_command_line
 from lorasc_ds.errors import DivergedError
 from lorasc_ds.models import QUICKSTART_BASE, load_model
 from lorasc_ds.preparation import attach_adapters, prepare
+from lorasc_ds.stopping import Stopping
 from lorasc_ds.trainer import Trainer
 
 
@@ -31,7 +32,7 @@ def make_trainer(tmp_path: Path, **overrides: Any) -> Trainer:
     preparation = prepare(invocation.config)
     module = load_model(invocation.config.model)
     weights = attach_adapters(invocation.config, module)
-    return Trainer(preparation, module, weights, Accelerator(mixed_precision="no"), tmp_path)
+    return Trainer(preparation, module, weights, Accelerator(mixed_precision="no"), tmp_path, Stopping(tmp_path))
 
 
 def steps(trainer: Trainer, first: int, last: int) -> None:

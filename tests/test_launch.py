@@ -118,11 +118,11 @@ def test_a_signal_ends_the_run_in_order(tmp_path: Path, signum: signal.Signals) 
             assert process.poll() is None
         process.send_signal(signum)
         errors = process.communicate(timeout=60)[1].decode()
-    assert process.returncode == 128 + signum
-    assert f"error: stopped by {signum.name}" in errors
+    assert process.returncode == 75
+    assert f"asked to stop: {signum.name}; left after step " in errors
     assert "Traceback" not in errors
     status = json.loads((directory / "status.json").read_text())
-    assert (status["state"], status["exit_code"]) == ("failed", 128 + signum)
+    assert (status["state"], status["exit_code"]) == ("preempted", 75)
 
 
 def test_an_error_is_one_line_with_its_code_and_reaches_the_user_through_the_launcher(tmp_path: Path) -> None:

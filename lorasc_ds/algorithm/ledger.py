@@ -14,17 +14,21 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from lorasc_ds.algorithm.experts import Pair
-from lorasc_ds.algorithm.files import sha256_of_file, write_atomically
+from lorasc_ds.algorithm.files import sha256_of_file
 from lorasc_ds.algorithm.ledger_files import Adapter, Base, ExpertRecord, LedgerError, LedgerFiles, Snapshot
 from lorasc_ds.algorithm.merge import add_delta_, add_noise_
 from lorasc_ds.algorithm.noise import Purpose, Stream
 from lorasc_ds.algorithm.tensor_files import bytes_of, digest, write_tensors
 
-__all__ = ["Adapter", "Base", "ExpertRecord", "Ledger", "LedgerError", "Snapshot", "digest"]
+__all__ = ["Adapter", "Base", "ExpertRecord", "Ledger", "LedgerError", "Snapshot", "digest", "read_pair"]
+
+
+def read_pair(file: Any, name: str) -> Pair:
+    """The slow pair of a weight in the open file of an expert (`Ledger.expert_file`)."""
+    return Pair(file.get_tensor(f"{name}.slow_A"), file.get_tensor(f"{name}.slow_B"))
 
 
 @dataclass(slots=True)
@@ -55,9 +59,9 @@ class Ledger(LedgerFiles):
         for key, tensor in tensors.items():
             if not torch.isfinite(tensor).all():
                 raise LedgerError(f"{self.directory}: {key} of expert {index} holds a number that is not finite")
-            tensors[key] = tensor.detach().float().cpu().contiguous()
         path = self.directory / f"expert_{index:04d}.safetensors"
-        write_atomically(path, save(tensors))
+        shapes = {key: (torch.float32, tensor.shape) for key, tensor in tensors.items()}
+        write_tensors(path, shapes, lambda key: tensors[key].float())
         scales = {name: noise_scale.get(name, 0.0) for name in (*self.weights, *self.noised)}
         record = ExpertRecord(index, steps, slow_retention, noise_intensity, path.name, sha256_of_file(path), scales)
         self.experts.append(record)
@@ -112,7 +116,7 @@ class Ledger(LedgerFiles):
             LedgerError: there are fewer, or it was compacted away.
         """
         with self.expert_file(experts) as file:
-            return {name: Pair(*(file.get_tensor(f"{name}.slow_{part}") for part in "AB")) for name in self.weights}
+            return {name: read_pair(file, name) for name in self.weights}
 
     def magnitudes(self, experts: int | None = None) -> dict[str, Tensor]:
         """DoRA's magnitudes by name after so many experts (default: all); {} for other methods or no expert.
@@ -196,8 +200,7 @@ class Ledger(LedgerFiles):
             if noise:
                 stream = Stream(self.seed, record.index, self.weights.index(name), Purpose.NOISE)
                 add_noise_(accumulator, stream, record.noise_scale[name])
-            pair = Pair(file.get_tensor(f"{name}.slow_A"), file.get_tensor(f"{name}.slow_B"))
-            add_delta_(accumulator, pair, self.adapter.scaling)
+            add_delta_(accumulator, read_pair(file, name), self.adapter.scaling)
         return accumulator
 
     def replay_noised(

@@ -1,0 +1,315 @@
+"""What a ledger holds: whether it is whole, and how much room its experts use. No model is built.
+
+`inspect` measures every weight after every expert, from the pairs alone; `verify` compares digests.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import sys
+import traceback
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from lorasc_ds.algorithm.experts import Pair, delta_inner_product, delta_statistics
+from lorasc_ds.algorithm.files import write_atomically
+from lorasc_ds.algorithm.ledger import Ledger, LedgerError, read_pair
+from lorasc_ds.algorithm.spectrum import LowRankSum, ranks, subspace_overlap
+from lorasc_ds.algorithm.tensor_files import bytes_of
+from lorasc_ds.cli import Parser
+from lorasc_ds.config import ModelConfig
+from lorasc_ds.errors import ConfigError, RunError
+from lorasc_ds.inspection_figure import draw
+from lorasc_ds.models import pretrained_tensors
+from lorasc_ds.run_directory import write_json
+
+LEDGER_DAMAGED = 4  # exit code
+ROWS = 50  # experts that are shown; of more, as many at even distances
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A weight after an expert; or a mean of such over weights. Norms are Frobenius norms.
+
+    Args:
+        expert: index, from 1.
+        bound: the rank that the total update can have at most.
+        norm: of D(slow), what this expert merged.
+        total_norm: of the total update, the sum of the D's so far.
+        effective_rank, stable_rank, numerical_rank: of the total update, see `spectrum.Ranks`.
+        overlap: cosine between D(slow) and that of the expert before; None for the first.
+        column_overlap, row_overlap: shared part of their column (row) spaces, see `subspace_overlap`.
+        noise: expected norm of the noise before this expert over `norm`.
+        total_noise: that of all noise so far over `total_norm`.
+        singular_values: of the total update, descending.
+    """
+
+    expert: int
+    bound: float
+    norm: float
+    total_norm: float
+    effective_rank: float
+    stable_rank: float
+    numerical_rank: float
+    overlap: float | None
+    column_overlap: float | None
+    row_overlap: float | None
+    noise: float
+    total_noise: float
+    singular_values: list[float]
+
+
+def over(part: float, whole: float) -> float:
+    """A ratio; 0 where there is nothing to compare with."""
+    return part / whole if whole > 0 else 0.0
+
+
+def inspect_weight(ledger: Ledger, name: str, files: dict[int, Any], shown: Sequence[int]) -> list[Row]:
+    """The rows of one weight.
+
+    Args:
+        files: the open file of every expert, by index, ascending.
+        shown: the experts that get a row.
+    """
+    scaling, rows = ledger.adapter.scaling, []
+    total: LowRankSum | None = None
+    before: Pair | None = None
+    waiting: list[Pair] = []
+    noise_squares, rank_sum = 0.0, 0
+    for index, file in files.items():
+        pair = read_pair(file, name)
+        shape = (pair.B.shape[0], pair.A.shape[1])
+        waiting.append(pair)
+        rank_sum += len(pair.A)
+        width = ledger.experts[index - 1].noise_scale[name]
+        noise = width * math.sqrt(shape[0] * shape[1] / 12)  # of uniform numbers that are `width` wide
+        noise_squares += noise * noise
+        if index in shown:
+            total = total or LowRankSum.zero(*shape)
+            total.add(waiting, scaling)
+            waiting.clear()
+            norm, total_norm = delta_statistics(pair, scaling).norm, float(total.values.norm())
+            found, overlaps = ranks(total.values), (None, None, None)
+            if before is not None:
+                norms = norm * delta_statistics(before, scaling).norm
+                overlaps = (
+                    over(delta_inner_product(pair, before, scaling), norms),
+                    subspace_overlap(pair.B, before.B),
+                    subspace_overlap(pair.A.T, before.A.T),
+                )
+            row = Row(
+                expert=index,
+                bound=min(rank_sum, *shape),
+                norm=norm,
+                total_norm=total_norm,
+                effective_rank=found.effective,
+                stable_rank=found.stable,
+                numerical_rank=found.numerical,
+                overlap=overlaps[0],
+                column_overlap=overlaps[1],
+                row_overlap=overlaps[2],
+                noise=over(noise, norm),
+                total_noise=over(math.sqrt(noise_squares), total_norm),
+                singular_values=total.values.tolist(),
+            )
+            rows.append(row)
+        before = pair
+    return rows
+
+
+def mean_row(rows: Sequence[Row]) -> Row:
+    """Every number's mean over the weights; a weight with fewer singular values than another has zeros for the rest."""
+    length = max(len(row.singular_values) for row in rows)
+    spectra = [row.singular_values + [0.0] * (length - len(row.singular_values)) for row in rows]
+    numbers: dict[str, Any] = {
+        key: None if value is None else fmean(getattr(row, key) for row in rows)
+        for key, value in asdict(rows[0]).items()
+        if key not in ("expert", "singular_values")
+    }
+    return Row(
+        expert=rows[0].expert, singular_values=[fmean(values) for values in zip(*spectra, strict=True)], **numbers
+    )
+
+
+def inspect(ledger: Ledger, experts: int) -> dict[str, list[Row]]:
+    """The rows of every weight over the first `experts` experts; of a compacted ledger, from the snapshot's last on."""
+    first = max(1, ledger.compacted)
+    count = experts - first + 1
+    shown = {first, *(first + math.ceil(count * part / ROWS) - 1 for part in range(1, ROWS + 1))}
+    with ExitStack() as stack:
+        files = {index: stack.enter_context(ledger.expert_file(index)) for index in range(first, experts + 1)}
+        return {name: inspect_weight(ledger, name, files, sorted(shown)) for name in ledger.weights}
+
+
+def verify(ledger: Ledger, run: Path, base: str | None) -> dict[str, str]:
+    """Compare the pretrained weights and the replay with what was written down; the files were, when it was loaded.
+
+    Args:
+        base: the pretrained model, where it is not under the name that the ledger has.
+
+    Returns:
+        `base` and `weights`: what was found, in words.
+
+    Raises:
+        LedgerError: the weights are others than those written down.
+        ConfigError: `base` was given and cannot be read.
+    """
+    config = ModelConfig(
+        name_or_path=base or ledger.base.name,
+        revision=None if base else ledger.base.revision,
+        dtype=ledger.base.dtype,  # pyright: ignore[reportArgumentType]
+    )
+    replayed = hashlib.sha256()
+    try:
+        tensors = pretrained_tensors(config)
+        for _, weight in ledger.replay(tensors):
+            replayed.update(bytes_of(weight))
+    except ConfigError as error:
+        if base:
+            raise
+        return {"base": f"not checked: {error} (or give --base)", "weights": "not checked: they need the base"}
+    found = {"base": f"{config.name_or_path} has the sha256 that the run began with"}
+    summary = run / "summary.json"
+    if not summary.exists():
+        return found | {"weights": f"replay to {replayed.hexdigest()}; there is no summary.json to compare with"}
+    try:
+        expected = json.loads(summary.read_text())["weights_sha256"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise LedgerError(f"{summary} holds no weights_sha256 that can be read: {error!r}") from error
+    if replayed.hexdigest() != expected:
+        raise LedgerError(
+            f"{summary} says that the run ended with weights of sha256 {expected}, but {ledger.directory} replays to"
+            f" {replayed.hexdigest()}: one of the two is of another run"
+        )
+    return found | {"weights": "replay to the sha256 in summary.json"}
+
+
+COLUMNS = {  # heading -> format of a row
+    "expert": lambda row: f"{row.expert}",
+    "‖D‖": lambda row: f"{row.norm:.3g}",
+    "‖total‖": lambda row: f"{row.total_norm:.3g}",
+    "effective": lambda row: f"{row.effective_rank:.1f}",
+    "stable": lambda row: f"{row.stable_rank:.1f}",
+    "numerical": lambda row: f"{row.numerical_rank:.4g}",
+    "at most": lambda row: f"{row.bound:.4g}",
+    "overlap": lambda row: "-" if row.overlap is None else f"{row.overlap:.2f}",
+    "columns": lambda row: "-" if row.column_overlap is None else f"{row.column_overlap:.2f}",
+    "rows": lambda row: "-" if row.row_overlap is None else f"{row.row_overlap:.2f}",
+    "noise/D": lambda row: f"{row.noise:.2f}",
+    "noise/total": lambda row: f"{row.total_noise:.2f}",
+}
+
+
+def table(title: str, rows: Sequence[Row]) -> str:
+    """The rows under headings, right-aligned."""
+    cells = [list(COLUMNS), *([show(row) for show in COLUMNS.values()] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in cells]
+    return "\n".join([title, *lines])
+
+
+def report(ledger: Ledger) -> list[str]:
+    """What the ledger is, in words."""
+    lines = [
+        f"ledger    {ledger.directory}: {len(ledger.experts)} experts of {ledger.strategy}, rank {ledger.adapter.rank},"
+        f" on {len(ledger.weights)} weights of {ledger.base.name}, {ledger.size() / 2**20:.1f} MiB",
+        f"files     {len(ledger.files())} files have the sha256 that was written down",
+    ]
+    if ledger.compacted > 1:
+        lines.append(
+            f"compacted experts 1 to {ledger.compacted - 1} are known only as part of a snapshot: ranks and totals"
+            f" below count from expert {ledger.compacted} on"
+        )
+    return lines
+
+
+def run(arguments: Sequence[str]) -> None:
+    """Carry out what the command line asks for.
+
+    Raises:
+        LedgerError: something is damaged.
+        ConfigError: the command line cannot be used.
+    """
+    options = make_parser().parse_args(arguments)
+    directory = options.run_dir / "ledger" if (options.run_dir / "ledger").is_dir() else options.run_dir
+    if directory == options.run_dir and not (directory / "ledger.json").is_file():
+        raise ConfigError(f"{options.run_dir} holds no ledger/: give the directory of a run, or a ledger's own")
+    ledger = Ledger.load(directory)
+    first, last = max(1, ledger.compacted), len(ledger.experts)
+    experts = last if options.experts is None else options.experts
+    if options.experts is not None and not first <= experts <= last:
+        raise ConfigError(f"--experts is {experts}: {directory} has experts {first} to {last} to inspect")
+    print("\n".join(report(ledger)))
+    verified = verify(ledger, options.run_dir, options.base)
+    print("\n".join(f"{what:<9} {words}" for what, words in verified.items()))
+    if not experts:
+        print("no expert has closed yet: there is nothing to measure")
+        return
+    weights = inspect(ledger, experts)
+    means = [mean_row(rows) for rows in zip(*weights.values(), strict=True)]
+    one, end = means[0], means[-1]
+    rank = (
+        f"effective rank {one.effective_rank:.1f} after expert {one.expert}, {end.effective_rank:.1f} after expert"
+        f" {end.expert} (at most {end.bound:.4g})"
+    )
+    print(f"rank      {rank}\n\n{table(f'mean of {len(weights)} weights, total update after each expert:', means)}")
+    if options.per_weight:
+        print("\n" + "\n\n".join(table(f"{name}:", rows) for name, rows in weights.items()))
+    output_dir = options.output_dir or options.run_dir
+    title = f"{ledger.strategy}, rank {ledger.adapter.rank}, mean of {len(weights)} weights of {ledger.base.name}"
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        content = {
+            "ledger": str(directory),
+            "ledger_sha256": ledger.sha256(),
+            "strategy": ledger.strategy,
+            "adapter": asdict(ledger.adapter),
+            "base": asdict(ledger.base),
+            "experts": experts,
+            "first_expert": first,
+            "verified": verified,
+            "mean": [asdict(row) for row in means],
+            "weights": {name: [asdict(row) for row in rows] for name, rows in weights.items()},
+        }
+        write_json(output_dir / "inspection.json", content)
+        write_atomically(output_dir / "inspection.png", draw(means, title))
+    except OSError as error:
+        raise ConfigError(f"--output_dir {output_dir}: {error.strerror}; choose another") from error
+    print(f"\nwritten   {output_dir / 'inspection.json'} (with all singular values), {output_dir / 'inspection.png'}")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = Parser(
+        description="Check a run's ledger and measure its experts: ranks, overlaps, noise.", allow_abbrev=False
+    )
+    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="directory of a run, or a ledger's own")
+    parser.add_argument("--experts", type=int, metavar="K", help="measure the first K experts (default: all)")
+    parser.add_argument("--base", metavar="MODEL", help="pretrained model (default: the ledger's, if it can be read)")
+    parser.add_argument("--per_weight", action="store_true", help="print a table for every weight, too")
+    parser.add_argument(
+        "--output_dir", type=Path, metavar="DIR", help="for inspection.json and inspection.png (default: RUN_DIR)"
+    )
+    return parser
+
+
+def main(arguments: Sequence[str]) -> int:
+    """The command line. Returns 0 whole, 2 the command line, 4 damaged, 1 a bug."""
+    try:
+        run(arguments)
+    except LedgerError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return LEDGER_DAMAGED
+    except RunError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except Exception:  # the last resort: a bug is shown whole and ends with code 1
+        traceback.print_exc()
+        return 1
+    return 0

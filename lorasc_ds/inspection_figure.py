@@ -1,0 +1,91 @@
+"""The figure of an inspection: four panels that can be told apart in grey."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lorasc_ds.inspection import Row
+
+GREYS = (0.72, 0.0)  # of the first expert's spectrum, of the last one's
+STYLES = (("o-", "black"), ("s--", "#1f77b4"), ("^:", "#d95f02"))  # markers and dashes, so that colour is not needed
+
+
+def draw(rows: Sequence[Row], title: str) -> bytes:
+    """A PNG of the rows: spectra, ranks, overlaps of successive experts, noise against signal."""
+    from matplotlib.figure import Figure  # here, since it takes a second and is needed here only
+
+    figure = Figure(figsize=(10, 7.5), layout="constrained")
+    figure.suptitle(title)
+    axes: Any = figure.subplots(2, 2)
+    draw_spectra(axes[0, 0], rows)
+    experts = [row.expert for row in rows]
+    bound = [row.bound for row in rows]
+    axes[0, 1].plot(experts, bound, "-", color="0.7", lw=4, label="at most: ranks of the experts, or the weight's")
+    draw_curves(
+        axes[0, 1],
+        experts,
+        {
+            "numerical rank": [row.numerical_rank for row in rows],
+            "effective rank": [row.effective_rank for row in rows],
+            "stable rank": [row.stable_rank for row in rows],
+        },
+    )
+    axes[0, 1].set(title="rank of the total update", ylabel="rank")
+    draw_curves(
+        axes[1, 0],
+        experts,
+        {
+            "cosine of the two updates": [row.overlap for row in rows],
+            "shared part of the column spaces": [row.column_overlap for row in rows],
+            "shared part of the row spaces": [row.row_overlap for row in rows],
+        },
+    )
+    axes[1, 0].set(title="overlap with the expert before", ylabel="1: the same, 0: orthogonal")
+    draw_curves(
+        axes[1, 1],
+        experts,
+        {
+            "noise before the expert / its update": [row.noise for row in rows],
+            "all noise so far / total update": [row.total_noise for row in rows],
+        },
+    )
+    axes[1, 1].set(title="noise against signal", ylabel="ratio of Frobenius norms")
+    for axis in axes.flat:
+        axis.grid(color="0.9", lw=0.6)
+        axis.spines[["top", "right"]].set_visible(False)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=150)
+    return buffer.getvalue()
+
+
+def draw_curves(axis: Any, experts: Sequence[int], curves: dict[str, Sequence[float | None]]) -> None:
+    """A curve per label over the experts; what is None is left out."""
+    lowest = 0.0
+    for (label, values), (style, colour) in zip(curves.items(), STYLES, strict=False):
+        known = [(x, y) for x, y in zip(experts, values, strict=True) if y is not None]
+        axis.plot([x for x, _ in known], [y for _, y in known], style, color=colour, label=label, ms=4, lw=1.2)
+        lowest = min([lowest, *(1.1 * y for _, y in known)])
+    axis.set_ylim(bottom=lowest)
+    axis.set_xlabel("expert")
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.legend(frameon=False)
+
+
+def draw_spectra(axis: Any, rows: Sequence[Row]) -> None:
+    """Singular values of the total update after every expert, the later the darker."""
+    for position, row in enumerate(rows):
+        part = position / max(1, len(rows) - 1)
+        ends = position in (0, len(rows) - 1)
+        values = [value for value in row.singular_values if value > 1e-6 * row.singular_values[0]]
+        axis.plot(
+            range(1, len(values) + 1),
+            values,
+            color=str(GREYS[0] + part * (GREYS[1] - GREYS[0])),
+            lw=1.8 if ends else 0.8,
+            label=f"after expert {row.expert}" if ends else None,
+        )
+    axis.set(title="spectrum of the total update", xlabel="index", ylabel="singular value", yscale="log")
+    axis.legend(frameon=False)

@@ -23,7 +23,7 @@ def draw(rows: Sequence[Row], title: str) -> bytes:
     draw_spectra(axes[0, 0], rows)
     experts = [row.expert for row in rows]
     bound = [row.bound for row in rows]
-    axes[0, 1].plot(experts, bound, "-", color="0.7", lw=4, label="at most: ranks of the experts, or the weight's")
+    axes[0, 1].plot(experts, bound, "_-", color="0.7", ms=20, mew=4, lw=4, label="at most")
     draw_curves(
         axes[0, 1],
         experts,
@@ -56,6 +56,7 @@ def draw(rows: Sequence[Row], title: str) -> bytes:
     for axis in axes.flat:
         axis.grid(color="0.9", lw=0.6)
         axis.spines[["top", "right"]].set_visible(False)
+        axis.legend(framealpha=0.85, edgecolor="none")
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=150)
     return buffer.getvalue()
@@ -66,12 +67,13 @@ def draw_curves(axis: Any, experts: Sequence[int], curves: dict[str, Sequence[fl
     lowest = 0.0
     for (label, values), (style, colour) in zip(curves.items(), STYLES, strict=False):
         known = [(x, y) for x, y in zip(experts, values, strict=True) if y is not None]
-        axis.plot([x for x, _ in known], [y for _, y in known], style, color=colour, label=label, ms=4, lw=1.2)
+        axis.plot(
+            [x for x, _ in known], [y for _, y in known], style, color=colour, label=label, ms=4, lw=1.2, clip_on=False
+        )
         lowest = min([lowest, *(1.1 * y for _, y in known)])
+    axis.set(xlabel="expert", xlim=(experts[0] - 0.5, experts[-1] + 0.5))
     axis.set_ylim(bottom=lowest)
-    axis.set_xlabel("expert")
     axis.xaxis.get_major_locator().set_params(integer=True)
-    axis.legend(frameon=False)
 
 
 def draw_spectra(axis: Any, rows: Sequence[Row]) -> None:
@@ -88,4 +90,3 @@ def draw_spectra(axis: Any, rows: Sequence[Row]) -> None:
             label=f"after expert {row.expert}" if ends else None,
         )
     axis.set(title="spectrum of the total update", xlabel="index", ylabel="singular value", yscale="log")
-    axis.legend(frameon=False)

@@ -60,7 +60,7 @@ class Checkpoints:
         return sorted(path.name for path in self.directory.iterdir() if not path.name.startswith("."))
 
     def save(self, name: str, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        """Publish a checkpoint, then remove old ones; `name`s sort by age. One that is there and whole stays.
+        """Publish a checkpoint; `name`s sort by age. One that is there and whole stays.
 
         Raises:
             OSError: the disk is full, or cannot be written; the others are as they were.
@@ -93,14 +93,13 @@ class Checkpoints:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
         sync_directory(self.directory)
-        self.rotate()
 
     def state(self, name: str) -> dict[str, Any]:
         """The counters and digests of one that was published."""
         return json.loads((self.directory / name / STATE).read_text())
 
     def rotate(self) -> None:
-        """Remove all but the newest; a damaged one among these is no reason to lose a whole one."""
+        """Once a new one is published, remove all but the newest; a damaged one does not count."""
         whole = 0
         for name in reversed(self.names()):
             if whole >= self.kept:

@@ -74,7 +74,8 @@ def find(
         if resume == "must":
             raise CheckpointError(f"--resume must: {directory} holds no checkpoint; give --resume auto to begin anew")
         if (directory / "config.yaml").exists():
-            check_contract(run_directory.settings_of(directory), settings(config), (), REMEDY)
+            if any((directory / "ledger").glob("expert_*")):  # else there is nothing to lose
+                check_contract(run_directory.settings_of(directory), settings(config), (), REMEDY)
             lines.append(f"{directory} holds a run that ended before its first checkpoint: it begins anew")
         run_directory.clear(directory)
         return None, lines

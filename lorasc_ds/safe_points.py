@@ -114,6 +114,7 @@ class SafePoints:
         if self.trainer.processes.main:
             try:
                 self.checkpoints.save(progress.name, state, tensors)
+                self.checkpoints.rotate()
                 self.compact()
             except OSError as error:
                 problem = str(error)
@@ -228,7 +229,7 @@ def restore(trainer: Trainer, checkpoint: Checkpoint) -> Progress:
     trainer.selection.resume(state["selection"], tensors)
     noise = state["expert"]["noise"] if opened is not None else {"intensity": 0.0, "scale": {}}
     cascade.resume(opened, noise["intensity"], noise["scale"], trainer.selection.passing)
-    if live.checksum() != state["weights_checksum"]:
+    if state["weights_checksum"] not in (None, live.checksum()):  # None: of a rollback, which loads no weights
         raise CheckpointError(
             f"{checkpoint.path}: the pretrained weights and the ledger give other weights than the run had at step"
             f" {progress.step}: a device computes wrongly, or the software has changed; resume where it was run"

@@ -134,6 +134,8 @@ class Tracker:
         return {
             "step": self.step,
             "expert": self.expert,
+            "learning_rate": self.learning_rate,
+            "watched": list(self.watch.losses),
             "window": [one._replace(examples=())._asdict() for one in self.window],
             "seconds": self.seconds,
             "tokens": self.tokens,
@@ -147,7 +149,8 @@ class Tracker:
 
     def resume(self, state: dict[str, Any]) -> None:
         """Go on from `state`; what `metrics.jsonl` holds beyond is cut off."""
-        self.expert = state["expert"]
+        self.expert, self.learning_rate = state["expert"], state["learning_rate"]
+        self.watch.losses.extend(state["watched"])
         self.window = [StepReport(**one | {"examples": tuple(one["examples"])}) for one in state["window"]]
         self.seconds, self.tokens = state["seconds"], state["tokens"]
         self.boundary_seconds = list(state["boundary_seconds"])

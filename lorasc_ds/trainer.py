@@ -141,7 +141,7 @@ class Trainer:
             )
         self.processes.wait()  # until all have read it
         if self.processes.main:
-            ledger.discard_others()
+            ledger.truncate(experts, keep=False)
         return ledger
 
     def logits(self, ids: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ from lorasc_ds import train as train_module
 from lorasc_ds.cascade import Boundaries
 from lorasc_ds.cli import parse_command_line
 from lorasc_ds.quickstart.make_base import make_tokenizer
+from lorasc_ds.stopping import Stopping
 
 ROOT = Path(__file__).parents[1]
 RECIPE = ROOT / "launch" / "recipes" / "quickstart.yaml"

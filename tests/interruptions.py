@@ -1,7 +1,8 @@
 """Runs that are interrupted at a named point, each in a process of its own, forked from one that has imported it all.
 
-A point is `NAME#N:before` or `NAME#N:after`: the N-th call of something, counted over the run. `interruptions.py FILE`
-carries out the list of runs in FILE, one after the other, and writes what became of them to `FILE.done`.
+A point is `NAME#N:before` or `NAME#N:after`: the N-th call of something, counted over the run, where NAME of what is done
+to a file has its path in the run directory. `interruptions.py FILE` carries out the list of runs in FILE, one after the
+other, and writes what became of them to `FILE.done`.
 """
 
 from __future__ import annotations
@@ -48,6 +49,12 @@ POINTS = {
     "rename": (os, "rename"),
     "remove": (shutil, "rmtree"),
 }
+PATHS: dict[str, Callable[..., Any]] = {
+    "fsync": lambda descriptor: os.readlink(f"/proc/self/fd/{descriptor}"),
+    "replace": lambda source, target: target,
+    "rename": lambda source, target: target,
+    "remove": lambda path, **_: path,
+}
 
 
 def kill(point: str) -> None:
@@ -74,7 +81,7 @@ ACTIONS: dict[str, Callable[[str], None]] = {
 }
 
 
-def instrument(point: str | None, action: str, passed: Path) -> None:
+def instrument(point: str | None, action: str, passed: Path, directory: Path) -> None:
     """Count the calls of `POINTS`, write each into `passed`, and act at one."""
     counts: Counter[str] = Counter()
     log = passed.open("w", buffering=1)
@@ -82,8 +89,11 @@ def instrument(point: str | None, action: str, passed: Path) -> None:
     def around(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)
         def called(*args: Any, **kwargs: Any) -> Any:
-            counts[name] += 1
-            before, after = (f"{name}#{counts[name]}:{when}" for when in ("before", "after"))
+            label = name
+            if name in PATHS:
+                label += " " + os.path.relpath(PATHS[name](*args, **kwargs), directory)
+            counts[label] += 1
+            before, after = (f"{label}#{counts[label]}:{when}" for when in ("before", "after"))
             for here in (before, after):
                 log.write(f"{here}\n")
                 if here == point:
@@ -109,7 +119,7 @@ def forked(case: dict[str, Any]) -> dict[str, Any]:
         try:
             for stream, number in (("out", 1), ("err", 2)):
                 os.dup2(os.open(files[stream], os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-            instrument(case.get("point"), case.get("action", "kill"), files["points"])
+            instrument(case.get("point"), case.get("action", "kill"), files["points"], directory)
             code = main(case["arguments"], RECIPE)
         except BaseException:
             traceback.print_exc()

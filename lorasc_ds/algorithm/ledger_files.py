@@ -196,14 +196,6 @@ class LedgerFiles:
                 raise LedgerError(f"{file} is missing or not the file that was written (sha256 differs)")
         return ledger
 
-    def discard_others(self) -> None:
-        """Write the list as it is here, and remove the files of experts that are not in it."""
-        self.save()
-        listed = {record.file for record in self.experts}
-        for file in self.directory.glob("expert_*.safetensors"):
-            if file.name not in listed:
-                file.unlink()
-
     def copy(self, directory: Path) -> None:
         """The same ledger at another place."""
         directory.mkdir(parents=True, exist_ok=True)
@@ -212,7 +204,7 @@ class LedgerFiles:
         replace(self, directory=directory).save()
 
     def truncate(self, experts: int, keep: bool) -> None:
-        """Drop the records after the first `experts`, then their files.
+        """Drop the records after the first `experts`, then the files of experts that are in none.
 
         Args:
             keep: move the files to `discarded/001` and so on, with the `ledger.json` that lists them, instead of
@@ -221,23 +213,21 @@ class LedgerFiles:
         Raises:
             LedgerError: there are fewer, or the state after so many was compacted away.
         """
-        dropped = self.experts[len(self.still_known(experts)) :]
-        if not dropped:
-            return
+        self.experts = self.still_known(experts)
+        listed = {record.file for record in self.experts}
+        dropped = [file for file in self.directory.glob("expert_*.safetensors") if file.name not in listed]
         discarded = self.directory / "discarded"
-        if keep:
+        if keep and dropped:
             numbers = [int(path.name) for path in discarded.glob("[0-9]*")]
             discarded /= f"{max(numbers, default=0) + 1:03d}"
             discarded.mkdir(parents=True)
             write_atomically(discarded / "ledger.json", (self.directory / "ledger.json").read_bytes())
-        del self.experts[experts:]
         self.save()
-        for record in dropped:
-            file = self.directory / record.file
+        for file in dropped:
             if keep:
-                file.replace(discarded / record.file)
+                file.replace(discarded / file.name)
             else:
-                file.unlink(missing_ok=True)
+                file.unlink()
 
     def check_base(self, weights: Iterable[Tensor]) -> None:
         """Compare the adapted weights of a pretrained model, in ledger order, with those the run began with.

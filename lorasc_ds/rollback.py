@@ -1,0 +1,113 @@
+"""A run goes back to what it was after one of its experts; the same command then goes on from there."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lorasc_ds import run_directory
+from lorasc_ds.algorithm.ledger import Ledger, LedgerError
+from lorasc_ds.checkpoint import Checkpoint, Checkpoints
+from lorasc_ds.config import STRATEGIES
+from lorasc_ds.errors import CheckpointError, ConfigError, RunError
+
+
+def roll_back(directory: Path, experts: int) -> str:
+    """Put the experts after the first `experts` aside, in `ledger/discarded/`, and the checkpoints after them away.
+
+    Returns:
+        what was done, in a line.
+
+    Raises:
+        CheckpointError: there is no whole checkpoint, or the ledger is damaged.
+        ConfigError: the run cannot go back to that expert.
+    """
+    if not (directory / "ledger" / "ledger.json").is_file():
+        raise ConfigError(f"{directory} holds no run: give the directory that launch/train.py had as --output_dir")
+    with run_directory.locked(directory):
+        try:
+            ledger = Ledger.load(directory / "ledger", experts)
+        except LedgerError as error:
+            raise CheckpointError(str(error)) from error
+        if not experts >= 1:
+            raise ConfigError(f"--expert {experts}: experts count from 1; to begin anew, take another --output_dir")
+        step = ledger.experts[-1].steps[1]
+        name = f"step_{step:08d}_merged"
+        # Any whole checkpoint knows the settings of the run, and its totals: what was spent stays spent.
+        checkpoints = Checkpoints(directory / "checkpoints", kept=1)
+        newest, passed = checkpoints.newest(lambda checkpoint: None)
+        if newest is None:
+            raise CheckpointError(f"{directory}: no whole checkpoint to go back with; {'; '.join(passed)}")
+        if name not in checkpoints.names():
+            selected = {key: tensor for key, tensor in newest.tensors.items() if key.startswith("selected.")}
+            checkpoints.save(name, state_after(newest, ledger, step, directory), selected)
+        checkpoints.remove_after(name)
+        ledger.truncate(experts, keep=True)
+        (directory / "summary.json").unlink(missing_ok=True)
+        run_directory.write_status(directory, "preempted", step, experts, f"rolled back to expert {experts}", 75)
+    return f"{directory} is as it was after expert {experts}, step {step}; the same command goes on from there"
+
+
+def state_after(newest: Checkpoint, ledger: Ledger, step: int, directory: Path) -> dict[str, Any]:
+    """The state of a checkpoint right after the last expert of `ledger`, where nothing of the optimizer goes on.
+
+    Raises:
+        ConfigError: something does.
+    """
+    experts = len(ledger.experts)
+    keeps = "DoRA's magnitudes" if ledger.adapter.method == "dora" else "ReLoRA's pairs"
+    if ledger.adapter.method == "dora" or STRATEGIES[ledger.strategy].optimizer == "pruned":
+        raise ConfigError(
+            f"--expert {experts}: the moments of {keeps} go on from expert to expert, and only a checkpoint at the"
+            f" end of one has them: there is none at step {step} (raise training.checkpoints_kept)"
+        )
+    selection = newest.state["selection"]
+    if selection and selection["step"] > step:
+        raise ConfigError(
+            f"--expert {experts}: training.select best_dev holds the weights of step {selection['step']}, which is"
+            f" after it, and those that were the best until step {step} are not known: go back to a later expert"
+        )
+    tracker = newest.state["tracker"]
+    tracker = tracker | {"step": step, "expert": experts, "window": [], "after": {}}
+    tracker |= {
+        "boundary_seconds": tracker["boundary_seconds"][:experts],
+        "metrics_bytes": bytes_until(directory / "metrics.jsonl", experts),
+    }
+    return newest.state | {
+        "step": step,
+        "phase": "merged",
+        "expert": None,
+        "ledger": {"experts": experts, "sha256": ledger.sha256()},
+        "weights_checksum": None,
+        "optimizer_steps": {},
+        "tracker": tracker,
+    }
+
+
+def bytes_until(metrics: Path, experts: int) -> int:
+    """How much of `metrics.jsonl` had been written when that expert closed."""
+    total = 0
+    for line in metrics.read_bytes().splitlines(keepends=True) if metrics.exists() else []:
+        total += len(line)
+        record = json.loads(line)
+        if record["event"] == "close" and record["expert"] == experts:
+            return total
+    return total
+
+
+def main(arguments: Sequence[str]) -> int:
+    """The command line. Returns 0, or the exit code of an error, which is one line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("run", type=Path, help="run directory of launch/train.py")
+    parser.add_argument("--expert", type=int, required=True, metavar="K", help="the last expert that stays")
+    options = parser.parse_args(arguments)
+    try:
+        print(roll_back(options.run, options.expert))
+    except RunError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0

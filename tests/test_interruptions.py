@@ -1,0 +1,162 @@
+"""Runs that are killed, asked to stop, or have no disk left, at named points; then the same command again.
+
+Each becomes the run that was never interrupted: weights, ledger, summary and every record, bit for bit. `LORASC_ALL_POINTS=1`
+(in `.ci/long`) takes every point that a run passes, not a handful.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT
+
+RUN = [
+    "--training.epochs=2",
+    "--task.train_examples=14",  # four steps an epoch, the last of two examples
+    "--task.dev_examples=6",
+    "--task.test_examples=4",
+    "--cascade.noise_intensity=1",
+    "--cascade.experts=3",  # boundaries inside epochs
+    "--adapter.dropout=0.1",
+    "--training.micro_batch_size=2",
+    "--training.checkpoint_steps=3",
+    "--training.select=best_dev",
+    "--tracking.log_steps=3",
+    "--tracking.tensorboard=false",
+]
+SAVE = "checkpoints/.tmp-step_00000003_training"
+KILLED = [
+    "load#1:after",
+    "fsync .tmp-config.yaml#1:before",
+    "step#1:before",
+    f"fsync {SAVE}/.tmp-state.json#1:before",
+    f"replace {SAVE}/tensors.safetensors#1:after",
+    f"fsync {SAVE}/.tmp-manifest.json#1:after",
+    "rename checkpoints/step_00000003_training#1:before",
+    "rename checkpoints/step_00000003_training#1:after",
+    "remove checkpoints/step_00000003_training#1:before",  # the rotation
+    "close#2:before",
+    "merge#12:after",  # within the second boundary
+    "append#2:before",
+    "replace ledger/expert_0002.safetensors#1:after",
+    "append#2:after",
+    "noise#13:before",
+    "evaluate#11:before",
+    "ship#1:before",
+    "rename model#1:before",
+    "replace summary.json#1:after",
+]
+STOPPED = ["load#1:after", "step#2:before", "merge#4:after", "open#2:before", "noise#10:after", "evaluate#8:before", "rename checkpoints/step_00000003_training#1:before"]  # fmt: skip
+FULL = [f"fsync {SAVE}/.tmp-tensors.safetensors#1:before"]
+
+
+def carry_out(cases: list[dict[str, Any]], folder: Path, seconds: float) -> list[dict[str, Any]]:
+    file = folder / "cases.json"
+    file.write_text(json.dumps(cases))
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    subprocess.run(
+        [sys.executable, "tests/interruptions.py", str(file)], cwd=ROOT, env=environment, timeout=seconds, check=True
+    )
+    return json.loads(Path(f"{file}.done").read_text())
+
+
+def summary(directory: Path) -> dict[str, Any]:
+    """Without what a clock says."""
+    return json.loads((directory / "summary.json").read_text()) | {"timing": None}
+
+
+def records(directory: Path) -> list[dict[str, Any]]:
+    """Of `metrics.jsonl`, without what a clock says and without the interruptions themselves."""
+    found = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    clock = {"seconds", "choosing_seconds", "tokens_per_second"}
+    return [
+        {key: value for key, value in record.items() if key not in clock}
+        for record in found
+        if record["event"] not in ("resumed", "warning")
+    ]
+
+
+def leftovers(directory: Path) -> list[str]:
+    return [path.name for path in directory.rglob(".tmp-*")]
+
+
+class Interrupted:
+    """What became of the runs: `whole` was not interrupted, the others by point and action, twice each."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        points = {"kill": KILLED, "terminate": STOPPED, "fill the disk": FULL}
+        self.whole = folder / "whole"
+        cases = [{"arguments": [f"--output_dir={self.whole}", *RUN]}]
+        self.passed: list[str] = []
+        if os.environ.get("LORASC_ALL_POINTS") == "1":
+            (result,) = carry_out(cases, folder, 120)
+            passed = result["points"].splitlines()
+            points = {"kill": passed, "terminate": passed, "fill the disk": FULL}
+        self.places = {
+            (action, point): folder / f"{action}{number}".replace(" ", "_")
+            for action, chosen in points.items()
+            for number, point in enumerate(chosen)
+        }
+        for (action, point), directory in self.places.items():
+            again = {"arguments": [f"--output_dir={directory}", *RUN]}
+            cases += [again | {"point": point, "action": action}, again]
+        results = carry_out(cases, folder, 250 if not self.passed and len(cases) < 100 else 7200)
+        self.points = results[0]["points"].splitlines()
+        self.first = dict(zip(self.places, results[1::2], strict=True))
+        self.second = dict(zip(self.places, results[2::2], strict=True))
+
+
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory: pytest.TempPathFactory) -> Interrupted:
+    return Interrupted(tmp_path_factory.mktemp("interrupted"))
+
+
+def test_every_point_that_is_named_is_passed(interrupted: Interrupted) -> None:
+    assert {point for _, point in interrupted.places} <= set(interrupted.points)
+    assert len(interrupted.points) > 250
+
+
+def test_killed_anywhere_the_same_command_gives_the_run_that_was_never_killed(interrupted: Interrupted) -> None:
+    agrees(interrupted, "kill")
+    assert {first["code"] for (action, _), first in interrupted.first.items() if action == "kill"} == {-9}
+
+
+def test_asked_to_stop_anywhere_it_leaves_a_checkpoint_and_goes_on_as_if_nothing_had_been(
+    interrupted: Interrupted,
+) -> None:
+    agrees(interrupted, "terminate")
+    for (action, point), first in interrupted.first.items():
+        if action == "terminate" and first["code"] != 0:  # asked after the last safe point, it is done
+            assert first["code"] == 75, (point, first["err"])
+            assert "Traceback" not in first["err"]
+            assert "asked to stop: SIGTERM" in first["err"]
+
+
+def test_a_full_disk_costs_one_checkpoint_and_says_so(interrupted: Interrupted) -> None:
+    agrees(interrupted, "fill the disk")
+    for (action, _), first in interrupted.first.items():
+        if action == "fill the disk":
+            assert first["code"] == 0, first["err"]
+            assert (
+                "the checkpoint after step 3 could not be written: [Errno 28] No space left on device" in first["out"]
+            )
+
+
+def agrees(interrupted: Interrupted, action: str) -> None:
+    expected, expected_records = summary(interrupted.whole), records(interrupted.whole)
+    ledger = (interrupted.whole / "ledger" / "ledger.json").read_text()
+    for (of_action, point), directory in interrupted.places.items():
+        if of_action == action:
+            second = interrupted.second[of_action, point]
+            assert second["code"] == 0, (point, second["err"])
+            assert summary(directory) == expected, point
+            assert records(directory) == expected_records, point
+            assert (directory / "ledger" / "ledger.json").read_text() == ledger, point
+            assert leftovers(directory) == [], point

@@ -1,0 +1,385 @@
+"""What a run may go on from: settings, data and files that changed in between, damage, other layouts of the batch."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import RECIPE
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from lorasc_ds import resuming
+from lorasc_ds.checkpoint import Checkpoints
+from lorasc_ds.cli import parse_command_line
+from lorasc_ds.errors import CheckpointError, RunError
+from lorasc_ds.preparation import prepare
+from lorasc_ds.rollback import main as rollback
+from lorasc_ds.train import main
+from lorasc_ds.trainer import Trainer
+
+SETTINGS = {
+    "training.epochs": 2,
+    "training.checkpoint_steps": 2,
+    "task.train_examples": 12,
+    "task.dev_examples": 6,
+    "task.test_examples": 2,
+    "cascade.noise_intensity": 1,
+    "tracking.tensorboard": "false",
+}
+Command = Callable[..., tuple[int, str]]
+
+
+@pytest.fixture
+def command(capsys: pytest.CaptureFixture[str]) -> Command:
+    """Runs the command in this process; its exit code and what it said on both streams."""
+
+    def start(directory: Path, *flags: str, **changed: Any) -> tuple[int, str]:
+        overrides = [f"--{key}={value}" for key, value in (SETTINGS | changed).items()]
+        code = main([f"--output_dir={directory}", *overrides, *flags], RECIPE)
+        printed = capsys.readouterr()
+        return code, printed.out + printed.err
+
+    return start
+
+
+@pytest.fixture
+def stopped(command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Path]:
+    """A run that was asked to stop after so many steps."""
+
+    def start(steps: int = 4, name: str = "run", **changed: Any) -> Path:
+        training_step = Trainer.training_step
+
+        def step_and_stop(self: Trainer, step: int, learning_rate: float) -> Any:
+            if step + 1 == steps:
+                self.stopping.found = "the test"
+            return training_step(self, step, learning_rate)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Trainer, "training_step", step_and_stop)
+            code, said = command(tmp_path / name, **changed)
+        assert code == 75
+        assert f"asked to stop: the test; left after step {steps}, the same command goes on from there" in said
+        return tmp_path / name
+
+    return start
+
+
+def digest(directory: Path) -> str:
+    return json.loads((directory / "summary.json").read_text())["weights_sha256"]
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"adapter.method": "dora", "adapter.dropout": 0.1},
+        {"adapter.method": "lora+"},
+        {"adapter.method": "lora-fa"},
+        {"cascade.strategy": "relora"},
+        {"cascade.strategy": "noisytune", "cascade.noise_on": "all"},
+        {"model.dtype": "bfloat16", "training.select": "best_dev", "adapter.method": "dora"},
+        {"cascade.slow_retention": "auto", "cascade.noise_intensity": "auto"},
+    ],
+    ids=lambda changed: " ".join(map(str, changed.values())),
+)
+def test_every_method_goes_on_to_the_same_bits(
+    changed: dict[str, Any], stopped: Callable[..., Path], command: Command, tmp_path: Path
+) -> None:
+    """Stopped inside the second expert; what is trained on across experts (magnitudes, pruned moments) is kept too."""
+    assert command(tmp_path / "whole", **changed)[0] == 0
+    directory = stopped(4, **changed)
+    code, said = command(directory, **changed)
+    assert code == 0, said
+    assert "resume    resuming  after step 4 (training)" in said
+    first, second = (json.loads((d / "summary.json").read_text()) for d in (tmp_path / "whole", directory))
+    assert first | {"timing": 0, "auto": 0} == second | {"timing": 0, "auto": 0}
+    assert first["shipped_sha256"] == second["shipped_sha256"]
+
+
+def test_moments_and_counts_go_on_and_without_them_the_bits_differ(
+    stopped: Callable[..., Path], command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert command(tmp_path / "whole")[0] == 0
+    for number, method in enumerate(("write_moments", "write_step_counts")):
+        directory = stopped(5, f"run{number}")
+        with monkeypatch.context() as patch:
+            patch.setattr(f"lorasc_ds.sharding.replicated.ReplicatedBackend.{method}", lambda *_: None)
+            assert command(directory)[0] == 0
+        assert digest(directory) != digest(tmp_path / "whole"), method
+
+
+@pytest.mark.parametrize(
+    ("changed", "code", "said"),
+    [
+        ({"adapter.rank": 4}, 2, "adapter.rank 8 -> 4: the run was begun otherwise, and that cannot change"),
+        ({"adapter.target_modules": "q_proj"}, 2, "adapter.target_modules ['q_proj', 'v_proj'] -> ['q_proj']: "),
+        ({"cascade.slow_retention": 0.9}, 2, "cascade.slow_retention 0.5 -> 0.9: "),
+        ({"cascade.noise_intensity": 2}, 2, "cascade.noise_intensity 1.0 -> 2.0: "),
+        ({"model.dtype": "bfloat16"}, 2, "model.dtype float32 -> bfloat16: "),
+        ({"task.domain": "rotated"}, 2, "task.domain mirrored -> rotated: "),
+        ({"training.seed": 1}, 2, "training.seed 0 -> 1: "),
+        ({"training.batch_size": 2}, 2, "training.batch_size 4 -> 2: "),
+        ({"training.learning_rate": 0.02}, 2, "training.learning_rate 0.01 -> 0.02: the run was begun otherwise; to apply it from the checkpoint on add --resume_override training.learning_rate"),
+        ({"training.epochs": 3}, 2, "training.epochs 2.0 -> 3.0: "),
+        ({"training.micro_batch_size": 2, "training.eval_batch_size": 3}, 0, "changed: training.micro_batch_size None -> 2"),
+    ],
+    ids=lambda value: " ".join(map(str, value)) if isinstance(value, dict) else None,
+)  # fmt: skip
+def test_settings_that_changed(
+    changed: dict[str, Any], code: int, said: str, stopped: Callable[..., Path], command: Command
+) -> None:
+    directory = stopped()
+    before = sorted((p, p.stat().st_mtime_ns) for p in directory.rglob("*") if p.is_file() and p.name != ".owner")
+    found, printed = command(directory, **changed)
+    assert found == code
+    assert said in printed
+    if code:
+        assert printed.splitlines()[-1].startswith("error: ")
+        after = sorted((p, p.stat().st_mtime_ns) for p in directory.rglob("*") if p.is_file() and p.name != ".owner")
+        assert after == before, "a refusal changes nothing"
+
+
+def test_an_override_is_really_applied(stopped: Callable[..., Path], command: Command, tmp_path: Path) -> None:
+    directory = stopped(4)
+    assert command(directory, "--resume_override=training.learning_rate", **{"training.learning_rate": 0.02})[0] == 0
+    rates = {
+        record["step"]: record["lr"]
+        for record in map(json.loads, (directory / "metrics.jsonl").read_text().splitlines())
+        if record["event"] == "step"
+    }
+    assert rates == {3: pytest.approx(0.01 / 3), 6: pytest.approx(0.02 / 3)}
+    assert command(tmp_path / "whole")[0] == 0
+    assert digest(directory) != digest(tmp_path / "whole")
+    code, said = command(directory, "--resume_override=adapter.rank")
+    assert code == 2
+    assert "only cascade.rewarmup_steps, training.epochs" in said
+
+
+def test_a_finished_run_goes_on_for_more_epochs_and_is_the_longer_run(command: Command, tmp_path: Path) -> None:
+    assert command(tmp_path / "longer", **{"training.epochs": 3})[0] == 0
+    assert command(tmp_path / "run")[0] == 0
+    code, said = command(tmp_path / "run", "--resume_override=training.epochs", **{"training.epochs": 3})
+    assert code == 0, said
+    assert "changed: training.epochs 2.0 -> 3.0" in said
+    assert digest(tmp_path / "run") == digest(tmp_path / "longer")
+    saved = [load_file(tmp_path / name / "model" / "model.safetensors") for name in ("run", "longer")]
+    assert all(torch.equal(saved[0][key], saved[1][key]) for key in saved[1])
+    code, said = command(tmp_path / "run", "--resume_override=training.epochs", **{"training.epochs": 2.5})
+    assert code == 2
+    assert "take so many epochs that no expert that has begun ends elsewhere" in said
+
+
+def test_changed_data_and_another_base_are_refused(shared_data: Path, command: Command, tmp_path: Path) -> None:
+    rows = (shared_data / "gsm8k" / "train.jsonl").read_text().splitlines()[:40]
+    data, model = tmp_path / "rows.jsonl", tmp_path / "model"
+    data.write_text("\n".join(rows))
+    shutil.copytree(shared_data / "models" / "stories260K", model)
+    arguments = [
+        f"--output_dir={tmp_path / 'out'}", "--task.name=text", f"--task.train_file={data}", "--task.text_field=question",
+        "--task.block_size=64", f"--model.name_or_path={model}", "--training.epochs=1", "--training.checkpoint_steps=2",
+        "--tracking.tensorboard=false",
+    ]  # fmt: skip
+    assert main(arguments, RECIPE) == 0
+    (tmp_path / "out" / "status.json").write_text("{}")  # as if it had not finished
+    data.write_text("\n".join([rows[1], rows[0], *rows[2:]]))
+    config = parse_command_line(arguments, RECIPE).config  # type: ignore[union-attr]
+    with pytest.raises(RunError, match=r"task: the examples are not those that the run began with \(sha256 of train"):
+        resuming.find(tmp_path / "out", config, "auto", (), prepare(config).data_sha256)
+    data.write_text("\n".join(rows))
+    weights = load_file(model / "model.safetensors")
+    name = next(name for name in weights if "q_proj" in name)
+    weights[name][0, 0] += 1
+    from safetensors.torch import save_file
+
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    assert main(arguments, RECIPE) == 2
+
+
+def test_must_never_and_path(stopped: Callable[..., Path], command: Command, tmp_path: Path) -> None:
+    code, said = command(tmp_path / "none", "--resume=must")
+    assert (code, "holds no run to go on with" in said) == (4, True)
+    directory = stopped(5)
+    assert command(directory, "--resume=never")[0] == 2
+    checkpoints = Checkpoints(directory / "checkpoints", 2)
+    oldest = directory / "checkpoints" / checkpoints.names()[0]
+    assert command(tmp_path / "whole")[0] == 0
+    code, said = command(tmp_path / "fork", f"--resume={oldest}")
+    assert code == 0, said
+    assert digest(tmp_path / "fork") == digest(tmp_path / "whole")
+    code, said = command(tmp_path / "fork", f"--resume={oldest}")
+    assert code == 2
+    assert "is a checkpoint of another run" in said
+    assert command(directory, f"--resume={oldest}")[0] == 0
+    assert digest(directory) == digest(tmp_path / "whole")
+    code, said = command(tmp_path / "other", f"--resume={tmp_path}")
+    assert (code, "manifest.json is missing" in said) == (4, True)
+
+
+def test_a_run_without_a_checkpoint_begins_anew_and_says_so(
+    stopped: Callable[..., Path], command: Command, tmp_path: Path
+) -> None:
+    directory = stopped()
+    shutil.rmtree(directory / "checkpoints")
+    code, said = command(directory, "--resume=must")
+    assert (code, "holds no checkpoint" in said) == (4, True)
+    code, said = command(directory)
+    assert code == 0
+    assert "holds a run that ended before its first checkpoint: it begins anew" in said
+    assert command(tmp_path / "whole")[0] == 0
+    assert digest(directory) == digest(tmp_path / "whole")
+    events = [json.loads(line)["event"] for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    assert events.count("eval") == 3
+
+
+def test_a_damaged_checkpoint_is_passed_over_by_name(
+    stopped: Callable[..., Path], command: Command, tmp_path: Path
+) -> None:
+    directory = stopped(5)
+    newest = directory / "checkpoints" / Checkpoints(directory / "checkpoints", 2).names()[-1]
+    flip(newest / "tensors.safetensors", 300)
+    code, said = command(directory)
+    assert code == 0
+    assert f"checkpoint {newest.name} is not used: {newest / 'tensors.safetensors'} is not what was written" in said
+    assert "resuming  after step 4" in said
+    assert command(tmp_path / "whole")[0] == 0
+    assert digest(directory) == digest(tmp_path / "whole")
+
+
+def flip(file: Path, position: int) -> None:
+    data = bytearray(file.read_bytes())
+    data[position % len(data)] ^= 1 << (position % 8)
+    file.write_bytes(bytes(data))
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run, and one that looks unfinished."""
+    folder = tmp_path_factory.mktemp("kept")
+    overrides = [f"--{key}={value}" for key, value in SETTINGS.items()]
+    assert main([f"--output_dir={folder / 'run'}", *overrides, "--training.save_model=false"], RECIPE) == 0
+    (folder / "run" / "status.json").write_text(json.dumps({"state": "running"}))
+    return folder
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_no_truncated_or_flipped_file_is_ever_gone_on_from(kept: Path, data: st.DataObject) -> None:
+    """Any one file of the run directory: an older checkpoint is taken, or the run ends with code 4 and a name."""
+    copy = kept / "copy"
+    shutil.rmtree(copy, ignore_errors=True)
+    shutil.copytree(kept / "run", copy)
+    files = sorted(path for path in copy.rglob("*") if path.is_file() and path.stat().st_size)
+    file = data.draw(st.sampled_from(files))
+    size = file.stat().st_size
+    if data.draw(st.booleans()):
+        os.truncate(file, data.draw(st.integers(0, size - 1)))
+    else:
+        flip(file, data.draw(st.integers(0, size - 1)))
+    overrides = [f"--{key}={value}" for key, value in SETTINGS.items()]
+    invocation = parse_command_line([f"--output_dir={copy}", *overrides, "--training.save_model=false"], RECIPE)
+    assert not isinstance(invocation, str)
+    original = Checkpoints(kept / "run" / "checkpoints", 2)
+    try:
+        chosen, lines = resuming.find(copy, invocation.config, "auto", (), resume_data(kept))
+    except CheckpointError as error:
+        chosen, lines = None, [str(error)]
+    if chosen is None:
+        assert str(file.parent) in lines[0]
+        return
+    for name in ("state.json", "tensors.safetensors"):
+        expected = (original.directory / chosen.path.name / name).read_bytes()
+        assert (chosen.path / name).read_bytes() == expected
+    assert [line.split()[1] for line in lines] == [
+        name for name in reversed(original.names()) if name > chosen.path.name
+    ]
+    for record in json.loads((copy / "ledger" / "ledger.json").read_text())["experts"]:
+        index = record["index"]
+        if index <= chosen.state["ledger"]["experts"]:
+            assert (copy / "ledger" / record["file"]).read_bytes() == (
+                kept / "run" / "ledger" / record["file"]
+            ).read_bytes()
+
+
+def resume_data(kept: Path) -> dict[str, str]:
+    newest, _ = Checkpoints(kept / "run" / "checkpoints", 2).newest(lambda checkpoint: None)
+    assert newest is not None
+    return newest.state["data_sha256"]
+
+
+def test_rolled_back_to_an_expert_the_run_goes_on_to_the_same_bits(
+    command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory = tmp_path / "run"
+    changed = {"training.epochs": 4, "training.checkpoint_steps": 5}
+    assert command(directory, **changed)[0] == 0
+    before = digest(directory)
+    assert rollback([str(directory), "--expert=2"]) == 0
+    assert "as it was after expert 2, step 6" in capsys.readouterr().out
+    assert sorted(path.name for path in (directory / "ledger").glob("*.safetensors")) == ["expert_0001.safetensors", "expert_0002.safetensors"]  # fmt: skip
+    kept = sorted(path.name for path in (directory / "ledger" / "discarded" / "001").iterdir())
+    assert kept == ["expert_0003.safetensors", "expert_0004.safetensors", "ledger.json"]
+    code, said = command(directory, **changed)
+    assert code == 0, said
+    assert "resuming  after step 6 (merged)" in said
+    assert digest(directory) == before
+    events = [json.loads(line)["event"] for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    assert (events.count("close"), events.count("eval")) == (4, 5)
+    assert rollback([str(directory), "--expert=9"]) == 4
+    assert rollback([str(tmp_path), "--expert=1"]) == 2
+
+
+@pytest.mark.parametrize("changed", [{"adapter.method": "dora"}, {"cascade.strategy": "relora"}])
+def test_moments_that_go_on_are_not_made_up_by_a_rollback(
+    changed: dict[str, Any], command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With a checkpoint at the expert's end they are there; without, the rollback is refused."""
+    directory = tmp_path / "run"
+    assert command(directory, **changed, **{"training.checkpoint_steps": 3, "training.checkpoints_kept": 9})[0] == 0
+    before = json.loads((directory / "summary.json").read_text())["shipped_sha256"]
+    assert rollback([str(directory), "--expert=1"]) == 0
+    assert command(directory, **changed, **{"training.checkpoint_steps": 3, "training.checkpoints_kept": 1})[0] == 0
+    assert json.loads((directory / "summary.json").read_text())["shipped_sha256"] == before
+    assert rollback([str(directory), "--expert=1"]) == 2
+    assert "only a checkpoint at the end of one has them" in capsys.readouterr().err
+
+
+def test_a_compacted_ledger_goes_on_to_the_same_bits(
+    stopped: Callable[..., Path], command: Command, tmp_path: Path
+) -> None:
+    changed = {"training.epochs": 5, "cascade.compact_ledger_above": 1e-7, "model.dtype": "bfloat16"}
+    whole = {"training.epochs": 5, "model.dtype": "bfloat16"}
+    assert command(tmp_path / "whole", **whole)[0] == 0
+    directory = stopped(13, **changed)
+    ledger = json.loads((directory / "ledger" / "ledger.json").read_text())
+    assert ledger["snapshot"]["experts"] == 4  # what the older of two checkpoints needs
+    assert not (directory / "ledger" / "expert_0001.safetensors").exists()
+    assert command(directory, **changed)[0] == 0
+    assert digest(directory) == digest(tmp_path / "whole")
+
+
+def test_a_planted_pickle_is_never_executed(stopped: Callable[..., Path], command: Command, tmp_path: Path) -> None:
+    import pickle
+
+    class Payload:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return (Path.touch, (tmp_path / "executed",))
+
+    directory = stopped(5)
+    payload = pickle.dumps(Payload())
+    for folder in (directory, directory / "ledger", *(directory / "checkpoints").iterdir()):
+        for name in ("optimizer.pt", "random_states_0.pkl", "pytorch_model.bin", "custom_checkpoint_0.pkl"):
+            (folder / name).write_bytes(payload)
+    newest = sorted((directory / "checkpoints").iterdir())[-1]
+    (newest / "tensors.safetensors").write_bytes(payload)
+    (newest / "state.json").write_bytes(payload)
+    assert command(directory)[0] == 0
+    assert not (tmp_path / "executed").exists()
+    pickle.loads(payload)
+    assert (tmp_path / "executed").exists()  # it would have been seen

@@ -23,7 +23,7 @@ def draw(rows: Sequence[Row], title: str) -> bytes:
     draw_spectra(axes[0, 0], rows)
     experts = [row.expert for row in rows]
     bound = [row.bound for row in rows]
-    axes[0, 1].plot(experts, bound, "_-", color="0.7", ms=20, mew=4, lw=4, label="at most")
+    axes[0, 1].plot(experts, bound, "o-", color="0.7", ms=9, lw=4, label="at most")
     draw_curves(
         axes[0, 1],
         experts,
@@ -64,16 +64,12 @@ def draw(rows: Sequence[Row], title: str) -> bytes:
 
 def draw_curves(axis: Any, experts: Sequence[int], curves: dict[str, Sequence[float | None]]) -> None:
     """A curve per label over the experts; what is None is left out."""
-    lowest = 0.0
     for (label, values), (style, colour) in zip(curves.items(), STYLES, strict=False):
         known = [(x, y) for x, y in zip(experts, values, strict=True) if y is not None]
-        axis.plot(
-            [x for x, _ in known], [y for _, y in known], style, color=colour, label=label, ms=4, lw=1.2, clip_on=False
-        )
-        lowest = min([lowest, *(1.1 * y for _, y in known)])
+        axis.plot([x for x, _ in known], [y for _, y in known], style, color=colour, label=label, ms=4, lw=1.2)
     axis.set(xlabel="expert", xlim=(experts[0] - 0.5, experts[-1] + 0.5))
-    axis.set_ylim(bottom=lowest)
-    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.set_ylim(bottom=min(0.0, axis.get_ylim()[0]))
+    axis.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
 
 
 def draw_spectra(axis: Any, rows: Sequence[Row]) -> None:

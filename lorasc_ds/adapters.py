@@ -8,13 +8,13 @@ from __future__ import annotations
 import re
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model_state_dict, inject_adapter_in_model
+from peft import LoraConfig, PeftModel, inject_adapter_in_model
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer
 from peft.utils.integrations import gather_params_ctx
@@ -144,6 +144,11 @@ def saved_name(model: PreTrainedModel, path: str, shape: tuple[int, int]) -> str
     return next(iter(written))
 
 
+def names_of(model: PreTrainedModel, selected: Mapping[str, nn.Linear]) -> dict[str, str]:
+    """The names of the weights of `select_modules`, by path."""
+    return {path: saved_name(model, path, shape_of(module)) for path, module in selected.items()}
+
+
 def attach(
     model: PreTrainedModel,
     *,
@@ -173,7 +178,7 @@ def attach(
             raise ConfigError(
                 f"adapter.rank {rank} is larger than {path}, whose weight is {shape_of(module)}: lower it"
             )
-    names = {path: saved_name(model, path, shape_of(module)) for path, module in selected.items()}
+    names = names_of(model, selected)
     inject_adapter_in_model(
         LoraConfig(
             r=rank,
@@ -312,40 +317,6 @@ def backbone_items(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for key, tensor in model.state_dict(keep_vars=True).items():
         if ".lora_" not in key:
             yield key.replace(".base_layer.", "."), tensor
-
-
-PARTS = {
-    "A.weight": "A",
-    "B.weight": "B",
-    "magnitude_vector": "magnitude",
-}  # in the keys of PEFT's files, after `lora_`
-
-
-def peft_layout(
-    model: PreTrainedModel, *, rank: int, lora_alpha: float, use_dora: bool, target_modules: Sequence[str]
-) -> tuple[dict[str, Any], dict[str, tuple[str, str]]]:
-    """What PEFT writes for one adapter of a model, which may be on the meta device and has the adapter afterwards.
-
-    Returns:
-        the content of `adapter_config.json`, without the base model's name; and, of every key in
-        `adapter_model.safetensors`, the name of its weight as `attach` gives it, and `A`, `B` or `magnitude`.
-    """
-    names = {path: saved_name(model, path, shape_of(m)) for path, m in select_modules(model, target_modules).items()}
-    config = LoraConfig(
-        r=rank,
-        lora_alpha=lora_alpha,  # type: ignore[arg-type]  # annotated int, used as a number
-        use_dora=use_dora,
-        target_modules=list(target_modules),
-        task_type="CAUSAL_LM",
-    )
-    keys = get_peft_model_state_dict(inject_adapter_in_model(config, model, ADAPTER), adapter_name=ADAPTER)
-    content = {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
-    content |= {"base_model_name_or_path": None, "inference_mode": True}  # the name may be a path of this machine
-    parts = {}
-    for key in keys:
-        path, part = key.rsplit(".lora_", 1)
-        parts[f"base_model.model.{key}"] = (names[path], PARTS[part])
-    return content, parts
 
 
 def with_adapter(model: PreTrainedModel, directory: Path) -> nn.Module:

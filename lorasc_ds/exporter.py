@@ -6,18 +6,18 @@ import json
 import math
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
 from lorasc_ds import models
-from lorasc_ds.adapters import peft_layout, with_adapter
+from lorasc_ds.adapters import names_of, select_modules, shape_of, with_adapter
 from lorasc_ds.algorithm.experts import Pair, delta_statistics
 from lorasc_ds.algorithm.ledger import LedgerError
 from lorasc_ds.algorithm.low_rank import joined, noise_norm, truncated
@@ -27,7 +27,7 @@ from lorasc_ds.errors import ConfigError, RunError
 from lorasc_ds.export import ExportOptions
 from lorasc_ds.exported_run import ExportedRun, Replay, open_run
 from lorasc_ds.model_card import card, shown_name
-from lorasc_ds.pretrained import layout_of, model_with, open_pretrained, saved_tensors, write_model
+from lorasc_ds.pretrained import layout_of, model_with, open_pretrained, write_model
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 Facts = dict[str, str]
@@ -146,36 +146,29 @@ def write_adapter(run: ExportedRun, options: ExportOptions, folder: Path) -> Fac
             " snapshot: take --as merged"
         )
     model, _ = model_with(run.model, ledger.weights)
-    shapes = {name: tuple(tensor.shape) for name, tensor in saved_tensors(model).items() if name in ledger.weights}
-    whole_rank = run.expert * adapter.rank
-    rank = options.rank or whole_rank
-    for name, shape in shapes.items():
-        if options.rank is None and rank > min(shape):
-            raise ConfigError(
-                f"--as adapter: {run.expert} experts of rank {adapter.rank} make rank {rank}, more than {name} of"
-                f" {shape} can have: take --as svd --rank R with R up to {min(shape)}, or --as merged"
-            )
-        if rank > min(*shape, whole_rank):
-            raise ConfigError(
-                f"--rank is {rank}, but {run.expert} experts of rank {adapter.rank} on {name} of {shape} have no more"
-                f" than {min(*shape, whole_rank)}: give less, or take --as adapter where that fits"
-            )
-    content, parts = peft_layout(
-        model,
-        rank=rank,
-        lora_alpha=adapter.scaling * rank if options.rank is None else rank,
-        use_dora=bool(run.magnitudes),
-        target_modules=run.config.adapter.target_modules,
-    )
-    content |= {"base_model_name_or_path": shown_name(ledger.base.name), "revision": ledger.base.revision}
-    (folder / ADAPTER_CONFIG).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
-    tensors: dict[tuple[str, str], Tensor] = {(name, "magnitude"): m for name, m in run.magnitudes.items()}
+    selected = select_modules(model, run.config.adapter.target_modules)
+    names = names_of(model, selected)
+    rank = rank_of(run, options, {name: shape_of(selected[path]) for path, name in names.items()})
+    content = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": shown_name(ledger.base.name),
+        "revision": ledger.base.revision,
+        "r": rank,
+        "lora_alpha": adapter.scaling * rank if options.rank is None else rank,
+        "use_rslora": False,
+        "use_dora": bool(run.magnitudes),
+        "target_modules": list(run.config.adapter.target_modules),
+        "inference_mode": True,
+    }
+    (folder / ADAPTER_CONFIG).write_text(json.dumps(content, indent=2) + "\n")
+    prefixes = {name: f"base_model.model.{path}.lora_" for path, name in names.items()}
+    wanted = {f"{prefixes[name]}magnitude_vector": magnitude for name, magnitude in run.magnitudes.items()}
     errors: dict[str, float] = {}
     for name, pair in joined_pairs(run):
         if options.rank is not None:
             pair, errors[name] = truncated(pair, adapter.scaling, rank)
-        tensors |= {(name, "A"): pair.A, (name, "B"): pair.B}
-    wanted = {key: tensors[part] for key, part in parts.items()}
+        wanted |= {f"{prefixes[name]}A.weight": pair.A, f"{prefixes[name]}B.weight": pair.B}
     infinite = [key for key, tensor in wanted.items() if not torch.isfinite(tensor).all()]
     if infinite:
         raise LedgerError(f"{ledger.directory}: {infinite[0]} of the adapter holds a number that is not finite")
@@ -190,6 +183,29 @@ def write_adapter(run: ExportedRun, options: ExportOptions, folder: Path) -> Fac
     return facts
 
 
+def rank_of(run: ExportedRun, options: ExportOptions, shapes: Mapping[str, tuple[int, int]]) -> int:
+    """The rank of the adapter.
+
+    Raises:
+        ConfigError: a weight cannot have it.
+    """
+    each, experts = run.ledger.adapter.rank, run.expert
+    rank = options.rank or experts * each
+    for name, shape in shapes.items():
+        most = min(*shape, experts * each)
+        if options.rank is None and rank > most:
+            raise ConfigError(
+                f"--as adapter: {experts} experts of rank {each} make rank {rank}, but {name} of {shape} has {most} at"
+                f" most: take --as svd with --rank 1 to {most}, or --as merged"
+            )
+        if rank > most:
+            raise ConfigError(
+                f"--rank is {rank}, but {experts} experts of rank {each} on {name} of {shape} have {most} at most: give"
+                f" 1 to {most}"
+            )
+    return rank
+
+
 def compared(run: ExportedRun, options: ExportOptions, folder: Path) -> Facts:
     """How far the export, loaded as a user does, is from the live model; or why that was not measured.
 
@@ -198,15 +214,17 @@ def compared(run: ExportedRun, options: ExportOptions, folder: Path) -> Facts:
     """
     if options.compare is False:
         return {"measured": "nothing, as --compare false asks"}
-    skipped = "nothing: {}; --compare true measures logits and loss on dev"
     if options.compare is None and not room_for_two(run.model):
-        return {"measured": skipped.format("memory has no room for the model twice")}
+        return {
+            "measured": "nothing, since memory has no room for the model twice; --compare true measures all the same"
+        }
     try:
         found = compare(run, loader(run, options.kind, folder))
     except RunError as error:
         if options.compare:
             raise
-        return {"measured": skipped.format(error)}
+        print(f"note      not measured: {error}")
+        return {"measured": "nothing, since the model or the data could not be read; --compare true says why"}
     return {
         "measured": f"against the live model on dev: logits differ by at most {found.change:.3g} of their standard"
         f" deviation, loss {found.loss:.6g} instead of {found.live_loss:.6g}"

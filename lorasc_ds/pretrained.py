@@ -95,7 +95,7 @@ def open_pretrained(config: ModelConfig, names: Collection[str]) -> Pretrained:
     if loaded is None and getattr(model, "_keep_in_fp32_modules_strict", None):
         loaded = "transformers keeps some of its weights in float32"
     if loaded is None:
-        model.generation_config = generation_config(config) or model.generation_config
+        model.generation_config = generation_config(config)
         return Pretrained(model, layout, files)
     if next(model.parameters()).is_meta:
         model = models.load_model(config)
@@ -103,13 +103,15 @@ def open_pretrained(config: ModelConfig, names: Collection[str]) -> Pretrained:
     return Pretrained(model, layout_of(tensors), tensors.__getitem__, loaded)
 
 
-def generation_config(config: ModelConfig) -> GenerationConfig | None:
-    """That of the model's files; None where there is none, and the model's config says all."""
-    source = models.source_of(config)
-    try:
-        return GenerationConfig.from_pretrained(source["pretrained_model_name_or_path"], revision=source["revision"])
-    except OSError:
-        return None
+def generation_config(config: ModelConfig) -> GenerationConfig:
+    """That of the model's files; old ones keep it among the rest of `config.json`."""
+    with models.loading("the generation config", config):
+        source = models.source_of(config)
+        name, revision = source["pretrained_model_name_or_path"], source["revision"]
+        try:
+            return GenerationConfig.from_pretrained(name, revision=revision)
+        except OSError:
+            return GenerationConfig.from_pretrained(name, "config.json", revision=revision, _from_model_config=True)
 
 
 def shards_of(layout: Layout, size: float) -> list[list[str]]:

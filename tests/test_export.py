@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,9 +20,9 @@ from conftest import RECIPE, ROOT
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from test_experts import random_pair
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, Qwen3_5TextConfig
 
-from lorasc_ds import comparison, models
+from lorasc_ds import comparison, models, pretrained
 from lorasc_ds.algorithm.dora import shipped_weight
 from lorasc_ds.algorithm.files import sha256_of_file
 from lorasc_ds.algorithm.ledger import Ledger
@@ -46,11 +47,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def sharded_base(folder: Path) -> Path:
-    """The quickstart's base in several files, in float32."""
+    """The quickstart's base in several files, in float32, without a generation config."""
     base = folder / "sharded base"
     AutoModelForCausalLM.from_pretrained(QUICKSTART_BASE).save_pretrained(base, max_shard_size="100KB")
     AutoTokenizer.from_pretrained(QUICKSTART_BASE).save_pretrained(base)
     assert len(list(base.glob("*.safetensors"))) > 5
+    (base / "generation_config.json").unlink()
     return base
 
 
@@ -465,17 +467,64 @@ def test_what_cannot_be_measured_is_told(
     assert "logits differ by at most 0 of their standard deviation" in card
 
 
-def test_files_that_transformers_renames_are_loaded_whole(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def headless_llama(base: Path) -> None:
     """An old checkpoint: of the model without its head, so that no name begins with `model.`."""
-    base = Path(shutil.copytree(QUICKSTART_BASE, tmp_path / "old"))
+    shutil.copytree(QUICKSTART_BASE, base)
     tensors = {key.removeprefix("model."): tensor for key, tensor in tensors_of(QUICKSTART_BASE).items()}
     save_file(tensors, base / "model.safetensors", {"format": "pt"})
-    run = start(tmp_path / "run", **{"model.name_or_path": base, "training.epochs": 1})
+
+
+def text_part_of_qwen(base: Path) -> None:
+    """A checkpoint whose names, `model.language_model.layers.0` and so on, the live model does not have but saves."""
+    shape: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2, "head_dim": 16}
+    shape |= {"num_hidden_layers": 2, "layer_types": ["full_attention"] * 2, "num_key_value_heads": 1}
+    torch.manual_seed(0)
+    config = Qwen3_5TextConfig(vocab_size=31, max_position_embeddings=128, tie_word_embeddings=True, **shape)
+    AutoModelForCausalLM.from_config(config).save_pretrained(base)
+    AutoTokenizer.from_pretrained(QUICKSTART_BASE).save_pretrained(base)
+    tensors = {key.replace("model.", "model.language_model.", 1): value for key, value in tensors_of(base).items()}
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+
+
+@PEFT_ASKS
+@pytest.mark.parametrize("make", [headless_llama, text_part_of_qwen])
+def test_files_that_transformers_renames_are_loaded_whole(
+    make: Callable[[Path], None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make(tmp_path / "base")
+    overrides = {"model.name_or_path": tmp_path / "base", "training.epochs": 1, "adapter.target_modules": "q_proj"}
+    run = start(tmp_path / "run", **overrides)
     out = export(run, tmp_path / "out", "--as=merged", compare="true")
     assert contents(out) == contents(run / "model")
     assert re.search(r"base +loaded whole, since ", capsys.readouterr().out)
+    export(run, tmp_path / "adapter", "--as=adapter", compare="true")
+    told = re.search(r"logits differ by at most ([\d.e-]+) of", capsys.readouterr().out)
+    assert told is not None
+    assert float(told[1]) < 1e-5  # one expert has no noise
+
+
+def test_weights_that_stay_float32_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LlamaForCausalLM, "_keep_in_fp32_modules_strict", ["norm"])
+    config = ModelConfig(dtype="bfloat16")
+    opened = pretrained.open_pretrained(config, [])
+    assert opened.loaded == "transformers keeps some of its weights in float32"
+    live = models.load_model(config).state_dict()
+    assert {key: dtype for key, (dtype, _) in opened.layout.items()} | {"lm_head.weight": torch.bfloat16} == {
+        key: torch.float32 if "norm" in key else torch.bfloat16 for key in live
+    }
+    assert all(torch.equal(opened.tensor(key), live[key]) for key in opened.layout)
+
+
+@pytest.mark.parametrize(("error", "expected"), [(KeyboardInterrupt(), 130), (RuntimeError("a bug"), 1)])
+def test_an_interrupted_export_leaves_nothing(
+    error: BaseException, expected: int, lorasc: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*arguments: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(pretrained, "write_tensors", interrupted)
+    assert main([str(lorasc), f"--output_dir={tmp_path / 'out'}"]) == expected
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_help_and_wrong_flags_need_no_torch() -> None:

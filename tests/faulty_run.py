@@ -1,8 +1,12 @@
-"""The command with a fault planted in one process: `faulty_run.py PLACE RANK ARGUMENTS...`."""
+"""The command with a fault planted in one process: `faulty_run.py PLACE RANK ARGUMENTS...`.
+
+A process that torchrun has started again has no fault.
+"""
 
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -29,6 +33,11 @@ def fill_the_disk(*_: Any, **__: Any) -> NoReturn:
     raise OSError(28, "No space left on device")
 
 
+def die(*_: Any, **__: Any) -> NoReturn:
+    os.kill(os.getpid(), signal.SIGKILL)
+    raise AssertionError("unreachable")
+
+
 def hang(*_: Any, **__: Any) -> NoReturn:
     while True:
         time.sleep(1)
@@ -40,12 +49,13 @@ FAULTS = {
     "hang": (merge, "merge_", hang),
     "ledger": (Ledger, "append", fill_the_disk),
     "save": (LiveWeights, "save", fail),
+    "death": (Ledger, "closed", die),  # as a run is taken up again
 }
 
 if __name__ == "__main__":
     place, rank = sys.argv[1], sys.argv[2]
     owner, name, fault = FAULTS[place]
     assert hasattr(owner, name)
-    if os.environ["RANK"] == rank:
+    if os.environ["RANK"] == rank and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
         setattr(owner, name, fault)
     sys.exit(main(sys.argv[3:], RECIPE))

@@ -99,25 +99,20 @@ def is_empty(optimizer: Any, parameters: Sequence[nn.Parameter]) -> bool:
 
 
 def begin_(optimizer: Any) -> None:
-    """Make the state that the first step would make, zeros; where it is there already, nothing happens."""
-    units = units_of(optimizer)
-    if all(optimizer.state.get(unit.key) for unit in units):
-        return
+    """Make the state that the first step of torch's Adam would make, where it is not there yet: zeros.
+
+    A step itself cannot be taken for that: ZeRO-3 gives the optimizer its parameters only while it steps.
+    """
     inner = getattr(optimizer, "optimizer", optimizer)  # inside ZeRO's wrapper
-    rates = [group["lr"] for group in inner.param_groups]
-    gradients = [unit.key.grad for unit in units]
-    for group in inner.param_groups:
-        group["lr"] = 0.0
-    for unit in units:
-        unit.key.grad = torch.zeros_like(unit.key)
-    inner.step()  # of no gradient at rate 0: nothing else changes
-    for unit, gradient in zip(units, gradients, strict=True):
-        unit.key.grad = gradient
-    for group, rate in zip(inner.param_groups, rates, strict=True):
-        group["lr"] = rate
+    on_device = inner.defaults.get("fused") or inner.defaults.get("capturable")
+    for unit in units_of(optimizer):
+        state = optimizer.state[unit.key]
+        if not state:
+            state["step"] = torch.zeros((), device=unit.key.device if on_device else "cpu")
+            state["exp_avg"] = torch.zeros_like(unit.key)
+            state["exp_avg_sq"] = torch.zeros_like(unit.key)
     if hasattr(optimizer, "_lazy_init_hp_params_optimizer_state"):  # ZeRO-1 and 2 link it to the parameters
         optimizer._lazy_init_hp_params_optimizer_state()
-    empty_(optimizer, [parameter for unit in units for parameter in unit.parameters])
 
 
 def step_counts(optimizer: Any, parameters: Sequence[nn.Parameter]) -> list[int]:

@@ -1,12 +1,12 @@
 """What a ledger holds: whether it is whole, and how much room its experts use. No model is built.
 
-`inspect` measures every weight after every expert, from the pairs alone; `verify` compares digests.
+`inspect` measures every weight after every expert, from the pairs alone; `verify` compares digests. With DoRA
+all of it is about the directions, which are what is cascaded.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import math
 import sys
@@ -20,9 +20,8 @@ from typing import Any
 
 from lorasc_ds.algorithm.experts import Pair, delta_inner_product, delta_statistics
 from lorasc_ds.algorithm.files import write_atomically
-from lorasc_ds.algorithm.ledger import Ledger, LedgerError, read_pair
+from lorasc_ds.algorithm.ledger import Ledger, LedgerError, digest, read_pair
 from lorasc_ds.algorithm.spectrum import LowRankSum, ranks, subspace_overlap
-from lorasc_ds.algorithm.tensor_files import bytes_of
 from lorasc_ds.cli import Parser
 from lorasc_ds.config import ModelConfig
 from lorasc_ds.errors import ConfigError, RunError
@@ -166,11 +165,11 @@ def verify(ledger: Ledger, run: Path, base: str | None) -> dict[str, str]:
         revision=None if base else ledger.base.revision,
         dtype=ledger.base.dtype,  # pyright: ignore[reportArgumentType]
     )
-    replayed = hashlib.sha256()
     try:
         tensors = pretrained_tensors(config)
-        for _, weight in ledger.replay(tensors):
-            replayed.update(bytes_of(weight))
+        # first, since no replay is possible on weights of another shape
+        ledger.check_base(tensors(name) for name in ledger.weights)
+        replayed = digest(weight for _, weight in ledger.replay(tensors))
     except ConfigError as error:
         if base:
             raise
@@ -178,15 +177,15 @@ def verify(ledger: Ledger, run: Path, base: str | None) -> dict[str, str]:
     found = {"base": f"{config.name_or_path} has the sha256 that the run began with"}
     summary = run / "summary.json"
     if not summary.exists():
-        return found | {"weights": f"replay to {replayed.hexdigest()}; there is no summary.json to compare with"}
+        return found | {"weights": f"replay to {replayed}; there is no summary.json to compare with"}
     try:
         expected = json.loads(summary.read_text())["weights_sha256"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise LedgerError(f"{summary} holds no weights_sha256 that can be read: {error!r}") from error
-    if replayed.hexdigest() != expected:
+    if replayed != expected:
         raise LedgerError(
             f"{summary} says that the run ended with weights of sha256 {expected}, but {ledger.directory} replays to"
-            f" {replayed.hexdigest()}: one of the two is of another run"
+            f" {replayed}: one of the two is of another run"
         )
     return found | {"weights": "replay to the sha256 in summary.json"}
 
@@ -220,7 +219,7 @@ def report(ledger: Ledger) -> list[str]:
     lines = [
         f"ledger    {ledger.directory}: {len(ledger.experts)} experts of {ledger.strategy}, rank {ledger.adapter.rank},"
         f" on {len(ledger.weights)} weights of {ledger.base.name}, {ledger.size() / 2**20:.1f} MiB",
-        f"files     {len(ledger.files())} files have the sha256 that was written down",
+        f"files     {len(ledger.files())} of {len(ledger.files())} have the sha256 that was written down",
     ]
     if ledger.compacted > 1:
         lines.append(

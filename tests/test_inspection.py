@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import math
 import re
+import runpy
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import base_weights
+from conftest import ROOT, base_weights
 from test_experts import random_pair
 
 from lorasc_ds.algorithm.experts import Pair
@@ -135,8 +137,10 @@ def test_of_many_experts_some_are_shown_and_all_are_counted(tmp_path: Path) -> N
     assert [rows[0].expert, rows[-1].expert] == [1, count]
     pairs = [random_pair(64, 64, 8, seed=10 * index) for index in range(1, count + 1)]
     assert rows[-1].total_norm == pytest.approx(float(dense(pairs).norm()))
-    overlap = subspace_overlap(pairs[-1].B, pairs[-2].B)
-    assert rows[-1].column_overlap == pytest.approx(overlap)  # with the one before, shown or not
+    assert rows[-1].bound == 64
+    for row in rows[1:]:
+        overlap = subspace_overlap(pairs[row.expert - 1].B, pairs[row.expert - 2].B)
+        assert row.column_overlap == pytest.approx(overlap)  # with the one before, shown or not
 
 
 def command(run: Path, *flags: object) -> int:
@@ -147,7 +151,7 @@ def test_the_command_verifies_measures_and_draws(tmp_path: Path, capsys: pytest.
     ledger = write_run(tmp_path / "run")
     assert command(tmp_path / "run", "--output_dir", tmp_path / "out", "--per_weight") == 0
     printed = capsys.readouterr().out
-    assert "3 files have the sha256 that was written down" in printed
+    assert "3 of 3 have the sha256 that was written down" in printed
     assert "quickstart has the sha256 that the run began with" in printed
     assert "replay to the sha256 in summary.json" in printed
     assert f"{Q}:" in printed
@@ -162,6 +166,16 @@ def test_the_command_verifies_measures_and_draws(tmp_path: Path, capsys: pytest.
     assert png.rstrip().endswith(b"IEND\xaeB`\x82")
     assert command(tmp_path / "run", "--experts", 2) == 0
     assert [row["expert"] for row in json.loads((tmp_path / "run" / "inspection.json").read_text())["mean"]] == [1, 2]
+
+
+def test_the_launch_script_is_the_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["inspect_ledger.py", str(tmp_path)])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(ROOT / "launch" / "inspect_ledger.py"), run_name="__main__")
+    assert ended.value.code == 2
+    assert "holds no ledger/" in capsys.readouterr().err
 
 
 def test_a_ledger_alone_and_one_without_experts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -197,7 +211,7 @@ def test_a_compacted_ledger_is_measured_from_its_snapshot_on(
     assert command(tmp_path / "run") == 0
     printed = capsys.readouterr().out
     assert "replay to the sha256 in summary.json" in printed
-    assert ("experts 1 to 1 are known only as part of a snapshot" in printed) == (compacted == 2)
+    assert ("are known only as part of a snapshot" in printed) == (compacted == 2)
     after = inspect(ledger, 3)
     assert (after == before) == (compacted == 1)
     assert [row.expert for row in after[Q]] == [1, 2, 3][compacted - 1 :]
@@ -234,6 +248,12 @@ def test_other_weights_than_written_down_end_with_code_4(tmp_path: Path, capsys:
     assert command(tmp_path / "run") == 4
     assert "this ledger was written for" in capsys.readouterr().err
     assert not (tmp_path / "run" / "inspection.json").exists()
+
+
+def test_another_base_ends_with_code_4(tmp_path: Path, tiny_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_run(tmp_path / "run", experts=1)
+    assert command(tmp_path / "run", "--base", tiny_folder) == 4  # its weights have other shapes
+    assert "this ledger was written for" in capsys.readouterr().err
 
 
 def test_a_base_that_cannot_be_read_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

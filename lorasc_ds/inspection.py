@@ -253,12 +253,10 @@ def run(arguments: Sequence[str]) -> None:
         return
     weights = inspect(ledger, experts)
     means = [mean_row(rows) for rows in zip(*weights.values(), strict=True)]
-    one, end = means[0], means[-1]
-    rank = (
-        f"effective rank {one.effective_rank:.1f} after expert {one.expert}, {end.effective_rank:.1f} after expert"
-        f" {end.expert} (at most {end.bound:.4g})"
-    )
-    print(f"rank      {rank}\n\n{table(f'mean of {len(weights)} weights, total update after each expert:', means)}")
+    ends = means[:1] + means[1:][-1:]
+    rank = ", ".join(f"{row.effective_rank:.1f} after expert {row.expert}" for row in ends)
+    print(f"rank      effective rank {rank} (at most {means[-1].bound:.4g})\n")
+    print(table(f"mean of {len(weights)} weights, total update after each expert:", means))
     if options.per_weight:
         print("\n" + "\n\n".join(table(f"{name}:", rows) for name, rows in weights.items()))
     output_dir = options.output_dir or options.run_dir

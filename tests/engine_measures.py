@@ -178,7 +178,8 @@ def planted_fault(trainer: Trainer) -> str:
 
 
 def not_finite_on_one_rank(trainer: Trainer) -> dict[str, Any]:
-    """Whether a step counts as finite where one rank's gradient, or its loss, is not; and how far `B` then moved."""
+    """Whether a step counts as finite where one rank's gradient, or its loss, is not; how far `B` then moved, and how
+    far the step after it is from the same step without all that, relative to the rate."""
     one = trainer.weights[0]
     before = [whole(other.B) for other in trainer.weights]
     last = trainer.processes.rank == trainer.processes.world_size - 1
@@ -189,7 +190,15 @@ def not_finite_on_one_rank(trainer: Trainer) -> dict[str, Any]:
         if hook is not None:
             hook.remove()
     moved = max(float((whole(other.B) - old).abs().max()) for other, old in zip(trainer.weights, before, strict=True))
-    return {"finite": finite, "moved": moved}
+    pairs = trainer.live.pairs()
+    steps = []
+    for _ in range(2):
+        trainer.live.write_pairs(pairs)
+        trainer.backend.empty_optimizer(trainer.live.pair_parameters)
+        trainer.training_step(0, LEARNING_RATE)
+        steps.append([whole(other.B) for other in trainer.weights])
+    off = max(float((one - two).abs().max()) / LEARNING_RATE for one, two in zip(*steps, strict=True))
+    return {"finite": finite, "moved": moved, "off": off}
 
 
 def collectives_of(work: Callable[[], None]) -> int:

@@ -249,6 +249,7 @@ def test_a_number_that_is_not_finite_on_one_rank_keeps_all_from_the_update(case:
     found = results[case]["not_finite"]
     assert found["finite"] == [False, False]
     assert found["moved"] == 0.0
+    assert found["off"] < 1e-3  # nothing of it is left in a buffer
 
 
 def test_local_edits_are_taken_only_where_a_trial_of_them_succeeds(results: Results) -> None:

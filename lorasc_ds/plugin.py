@@ -284,7 +284,7 @@ class Cascade:
             shutil.rmtree(self.ledger.directory)
             shutil.copytree(saved.directory, self.ledger.directory)
         self.live.processes.wait()
-        self.ledger.experts[:] = saved.experts
+        self.ledger.experts, self.ledger.snapshot = saved.experts, saved.snapshot
         noise = json.loads((directory / "noise.json").read_text())
         self.boundaries.resume(opened, noise["intensity"], noise["scale"])
         self.expert = opened

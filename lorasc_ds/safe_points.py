@@ -8,6 +8,7 @@ of the seed and of the step, and so is the position in the data.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -109,6 +110,7 @@ class SafePoints:
 
     def save(self, progress: Progress) -> None:
         """Collective."""
+        began = time.perf_counter()
         state, tensors = state_of(self.trainer, self.tracker, progress)
         problem = None
         if self.trainer.processes.main:
@@ -119,6 +121,7 @@ class SafePoints:
             except OSError as error:
                 problem = str(error)
         problem = self.trainer.processes.share(problem)
+        self.tracker.checkpoint_seconds += time.perf_counter() - began
         if problem is None:
             self.failures = 0
             return

@@ -103,6 +103,7 @@ class Tracker:
         self.seconds, self.tokens = 0.0, 0
         self.boundary_seconds: list[float] = []
         self.choosing_seconds = 0.0
+        self.checkpoint_seconds = 0.0
         self.skipped = 0
         self.before: Scores = {}
         self.after: Scores = {}
@@ -141,6 +142,7 @@ class Tracker:
             "tokens": self.tokens,
             "boundary_seconds": self.boundary_seconds,
             "choosing_seconds": self.choosing_seconds,
+            "checkpoint_seconds": self.checkpoint_seconds,
             "skipped": self.skipped,
             "before": self.before,
             "after": self.after,
@@ -155,6 +157,7 @@ class Tracker:
         self.seconds, self.tokens = state["seconds"], state["tokens"]
         self.boundary_seconds = list(state["boundary_seconds"])
         self.choosing_seconds, self.skipped = state["choosing_seconds"], state["skipped"]
+        self.checkpoint_seconds = state["checkpoint_seconds"]
         self.before, self.after = state["before"], state["after"]
         if self.main:
             self.metrics.seek(0, os.SEEK_END)
@@ -322,10 +325,11 @@ class Tracker:
         return {"examples": examples, "seconds": self.choosing_seconds, "share": share}
 
     def timing(self) -> dict[str, Any]:
-        """Seconds of all steps, seconds of each boundary, and tokens per second of steps."""
+        """Seconds of all steps, of each boundary and of all checkpoints, and tokens per second of steps."""
         return {
             "train_seconds": self.seconds,
             "boundary_seconds": self.boundary_seconds,
+            "checkpoint_seconds": self.checkpoint_seconds,
             "tokens_per_second": self.tokens / self.seconds,
         }
 

@@ -24,6 +24,8 @@ FORBIDDEN = {  # place -> what it must not know
     "encoding.py": ("lorasc_ds.cascade", "lorasc_ds.algorithm", "lorasc_ds.adapters", "lorasc_ds.sharding", "torch"),
     "data.py": ("lorasc_ds.cascade", "lorasc_ds.algorithm", "lorasc_ds.adapters", "lorasc_ds.sharding"),
     "tracking.py": ("lorasc_ds.cascade", "lorasc_ds.adapters", "lorasc_ds.sharding"),
+    "checkpoint.py": ("lorasc_ds.cascade", "lorasc_ds.adapters", "lorasc_ds.sharding", "lorasc_ds.live_weights"),
+    "contract.py": ("lorasc_ds.cascade", "lorasc_ds.adapters", "lorasc_ds.sharding", "torch"),
     "adapters.py": ("lorasc_ds.cascade", "lorasc_ds.algorithm", "lorasc_ds.sharding"),
     "sharding/": ("lorasc_ds.cascade", "lorasc_ds.algorithm", "lorasc_ds.adapters", "peft"),
     "plugin.py": ("torch.distributed", "peft", "deepspeed", "pydantic"),

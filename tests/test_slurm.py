@@ -75,18 +75,33 @@ def submit(cluster: Cluster, checkout: Path, *arguments: str) -> str:
     return cluster.run("sbatch", "--parsable", *arguments, cwd=checkout, VENV="venv")
 
 
-def test_two_nodes_train_the_quickstart(cluster: Cluster, tmp_path: Path) -> None:
-    log = tmp_path / "log"
+def test_two_nodes_train_the_quickstart_and_go_on_after_a_requeue(cluster: Cluster, tmp_path: Path) -> None:
+    """The real command, warned as Slurm warns before a time limit; every step is taken once."""
+    log, run = tmp_path / "log", tmp_path / "run"
     job = cluster.run(
-        "sbatch", "--parsable", "--nodes=2", f"--output={log}", SCRIPT, "--output_dir", str(tmp_path / "run"),
-        "--training.epochs", "2", "--tracking.tensorboard", "false",
+        "sbatch", "--parsable", "--nodes=2", f"--output={log}", SCRIPT, "--output_dir", str(run),
+        "--training.epochs", "60", "--cascade.experts", "4", "--training.evaluate", "end",
+        "--tracking.tensorboard", "false", "--tracking.log_steps", "1",
         "--task.train_examples", "12", "--task.dev_examples", "8", "--task.test_examples", "10",
         cwd=ROOT, PATH=f"{BIN}:{PATH}", OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1",
     )  # fmt: skip
-    ended = cluster.finish(job, seconds=110)
-    assert (ended["JobState"], ended["ExitCode"]) == ("COMPLETED", "0:0"), log.read_text()
-    assert json.loads((tmp_path / "run" / "summary.json").read_text())["world_size"] == 2
-    assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "done"
+
+    def steps() -> list[int]:
+        lines = (run / "metrics.jsonl").read_text().splitlines() if (run / "metrics.jsonl").exists() else []
+        return [record["step"] for record in map(json.loads, lines) if record["event"] == "step"]
+
+    cluster.wait("ten steps", lambda: len(steps()) >= 10, seconds=100)
+    cluster.run("scancel", "--batch", "--signal=USR1", job)
+    ended = cluster.finish(job, seconds=150)
+    text = log.read_text()
+    assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("COMPLETED", "0:0", "1"), text
+    assert (
+        text.index("asked the run to stop") < text.index("status.json says preempted") < text.index("restart 1 (SLURM")
+    )
+    assert "resume    resuming  after step " in text
+    assert json.loads((run / "summary.json").read_text())["world_size"] == 2
+    assert json.loads((run / "status.json").read_text())["state"] == "done"
+    assert steps() == list(range(1, 181))
 
 
 def test_every_gpu_of_every_node_gets_a_process_that_knows_its_place(cluster: Cluster, checkout: Path) -> None:

@@ -96,7 +96,7 @@ def checked_digest(run: ExportedRun, folder: Path) -> str:
     found = digest(written(name) for name in run.ledger.weights)
     same = (run.shipped if run.magnitudes else run.last) and (run.noise or not run.has_noise)
     if run.summary is None or not same:
-        return f"sha256 of the adapted weights {found}; the run has none of these weights to compare"
+        return f"sha256 of the adapted weights {found}; the run recorded none of these weights"
     key = "shipped_sha256" if run.magnitudes else "weights_sha256"
     if found != run.summary[key]:
         raise LedgerError(

@@ -316,7 +316,7 @@ def test_an_unfinished_run_is_exported_and_told(copied: Path, tmp_path: Path) ->
     (copied / "summary.json").unlink()
     card = (export(copied, tmp_path / "out") / "README.md").read_text()
     assert contents(tmp_path / "out") == contents(copied / "model")
-    assert "the run has none of these weights to compare" in card
+    assert "the run recorded none of these weights" in card
     assert "The run kept no scores of this expert" in card
 
 
@@ -465,6 +465,18 @@ def test_what_cannot_be_measured_is_told(
     small.virtual_memory = lambda: SimpleNamespace(available=2 * 4 * 203264 + 4096)
     card = (export(lorasc, tmp_path / "four", compare="auto") / "README.md").read_text()
     assert "logits differ by at most 0 of their standard deviation" in card
+
+
+def test_measuring_takes_a_gpu_that_has_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = models.load_shape(ModelConfig())
+    free = 1.5 * comparison.bytes_of(model)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free, 2 * free))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert comparison.device_for(model).type == "cpu"
+    free += 1
+    assert comparison.device_for(model).type == "cuda"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert comparison.device_for(model).type == "cpu"
 
 
 def headless_llama(base: Path) -> None:

@@ -100,7 +100,8 @@ def open_run(directory: Path, expert: int | None, noise: bool) -> ExportedRun:
         )
     if ledger.compacted and not noise:
         raise ConfigError(
-            f"--noise is false, but experts 1 to {ledger.compacted} were compacted with their noise: leave it in"
+            f"RUN_DIR {directory}: experts 1 to {ledger.compacted} were compacted, with their noise and without their"
+            " pairs, so that neither --noise false nor an adapter can be had: take --as merged with the noise"
         )
     environment = read_json(directory / "environment.json") or {}
     return ExportedRun(

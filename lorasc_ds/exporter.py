@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
@@ -19,7 +18,7 @@ from transformers.utils.logging import disable_progress_bar
 from lorasc_ds import models
 from lorasc_ds.adapters import names_of, select_modules, shape_of, with_adapter
 from lorasc_ds.algorithm.experts import Pair, delta_statistics
-from lorasc_ds.algorithm.ledger import LedgerError
+from lorasc_ds.algorithm.ledger import LedgerError, read_pair
 from lorasc_ds.algorithm.low_rank import joined, noise_norm, truncated
 from lorasc_ds.algorithm.tensor_files import digest, write_tensors
 from lorasc_ds.comparison import compare, room_for_two
@@ -126,25 +125,18 @@ def noise_left_out(run: ExportedRun) -> str:
 
 def joined_pairs(run: ExportedRun) -> Iterator[tuple[str, Pair]]:
     """All that the experts add to a weight, as one pair of rank T·r, one weight at a time."""
-    files = [
-        safe_open(run.ledger.directory / record.file, framework="pt") for record in run.ledger.experts[: run.expert]
-    ]
+    files = [run.ledger.expert_file(expert) for expert in range(1, run.expert + 1)]
     for name in run.ledger.weights:
-        yield name, joined([Pair(*(file.get_tensor(f"{name}.slow_{part}") for part in "AB")) for file in files])
+        yield name, joined([read_pair(file, name) for file in files])
 
 
 def write_adapter(run: ExportedRun, options: ExportOptions, folder: Path) -> Facts:
     """One PEFT adapter: all the experts, or what is closest to them at a lower rank.
 
     Raises:
-        ConfigError: the rank is too large for a weight; or pairs were compacted away.
+        ConfigError: the rank is too large for a weight.
     """
     ledger, adapter = run.ledger, run.ledger.adapter
-    if ledger.compacted:
-        raise ConfigError(
-            f"--as {options.kind} needs the pairs of all experts, but 1 to {ledger.compacted} were compacted into a"
-            " snapshot: take --as merged"
-        )
     model, _ = model_with(run.model, ledger.weights)
     selected = select_modules(model, run.config.adapter.target_modules)
     names = names_of(model, selected)

@@ -273,7 +273,7 @@ def test_damage_ends_with_code_4_and_leaves_nothing(
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
     file.write_bytes(data)
-    code, error = refused(capsys, copied, f"--output_dir={tmp_path / 'out'}", f"--as={kind}")
+    code, error = refused(capsys, copied, f"--output_dir={tmp_path / 'out'}", f"--as={kind}", "--compare=false")
     assert code == 4
     assert "expert_0002.safetensors is missing or not the file that was written" in error
     data[-4:] = bytes([0, 0, 192, 127])  # NaN
@@ -282,7 +282,7 @@ def test_damage_ends_with_code_4_and_leaves_nothing(
     content = json.loads(listed.read_text())
     content["experts"][1]["sha256"] = sha256_of_file(file)
     listed.write_text(json.dumps(content))
-    code, error = refused(capsys, copied, f"--output_dir={tmp_path / 'out'}", f"--as={kind}")
+    code, error = refused(capsys, copied, f"--output_dir={tmp_path / 'out'}", f"--as={kind}", "--compare=false")
     assert code == 4
     assert "holds a number that is not finite" in error
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
@@ -310,6 +310,23 @@ def test_files_that_do_not_belong_together_end_with_code_4(
     assert code == 4
     assert "but this ledger was written for 000" in error
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_compacted_ledger_gives_what_it_still_knows(
+    copied: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Ledger.load(copied / "ledger").compact(tensors_of(QUICKSTART_BASE).__getitem__, 2)
+    assert contents(export(copied, tmp_path / "last")) == contents(copied / "model")
+    second = tensors_of(export(copied, tmp_path / "second", "--expert=2"))
+    assert all(torch.equal(second[name], weight) for name, weight in replayed(copied, 2).items())
+    for arguments, message in (
+        (["--expert=1"], "--expert is 1, but experts 1 to 2 were compacted into one snapshot: give 2 to 3"),
+        (["--noise=false"], "experts 1 to 2 were compacted, with their noise and without their pairs"),
+        (["--as=adapter"], "so that neither --noise false nor an adapter can be had: take --as merged"),
+    ):
+        code, error = refused(capsys, copied, f"--output_dir={tmp_path / 'out'}", *arguments)
+        assert code == 2
+        assert message in error
 
 
 def test_an_unfinished_run_is_exported_and_told(copied: Path, tmp_path: Path) -> None:

@@ -6,9 +6,9 @@ import math
 from collections.abc import Iterable, Sequence
 
 import torch
-from torch import Tensor
 
 from lorasc_ds.algorithm.experts import Pair
+from lorasc_ds.algorithm.spectrum import LowRankSum
 
 
 def joined(pairs: Sequence[Pair]) -> Pair:
@@ -19,27 +19,20 @@ def joined(pairs: Sequence[Pair]) -> Pair:
 def truncated(pair: Pair, scaling: float, rank: int) -> tuple[Pair, float]:
     """The pair of rank `rank` and scaling 1 that is closest to `D(A, B)` in the Frobenius norm (Eckart and Young).
 
-    `D = s·Q_B·(R_B·R_Aᵀ)·Q_Aᵀ` has the singular values of its core, which is no larger than the rank of `pair`:
-    out×in is never formed. In float64, rounded once to float32.
+    Out×in is never formed. In float64, rounded once to float32.
 
     Returns:
         the pair, of which each factor has the square roots of the singular values; and what it misses of D, in norm
         over that of D (0 where D is 0).
     """
-    left, upper_B = torch.linalg.qr(pair.B.double())
-    right, upper_A = torch.linalg.qr(pair.A.double().T)
-    columns, values, rows = torch.linalg.svd(scaling * (upper_B @ upper_A.T), full_matrices=False)
-    roots = values[:rank].sqrt()
-    A = roots[:, None] * (rows[:rank] @ right.T)
-    B = left @ (columns[:, :rank] * roots)
-    norm = float(values.norm())
-    return Pair(A.float().contiguous(), B.float().contiguous()), float(values[rank:].norm()) / norm if norm > 0 else 0.0
+    total = LowRankSum.zero(len(pair.B), pair.A.shape[1])
+    total.add([pair], scaling)
+    roots = total.values[:rank].sqrt()
+    A, B = roots[:, None] * total.right[:, :rank].T, total.left[:, :rank] * roots
+    norm, missed = float(total.values.norm()), float(total.values[rank:].norm())
+    return Pair(A.float().contiguous(), B.float().contiguous()), missed / norm if norm > 0 else 0.0
 
 
 def noise_norm(shape: tuple[int, int], noise_scales: Iterable[float]) -> float:
     """The Frobenius norm to expect of the noise of several experts on one weight: c is the width of a uniform draw."""
     return math.sqrt(math.prod(shape) * sum(c * c for c in noise_scales) / 12)
-
-
-def is_finite(tensor: Tensor) -> bool:
-    return bool(torch.isfinite(tensor).all())

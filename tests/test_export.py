@@ -38,6 +38,7 @@ SMALL = {
 }  # fmt: skip
 PEFT_ASKS = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 GIB = 2**30
+NO_SCORES = "The run kept no scores of this expert"
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +145,11 @@ def test_merged_is_the_model_of_the_run_to_the_byte(any_run: Path, tmp_path: Pat
     assert contents(out) == contents(any_run / "model")
     summary = json.loads((any_run / "summary.json").read_text())
     key = "shipped_sha256" if any_run.name == "dora" else "weights_sha256"
-    assert f"{summary[key]}, equal to the run's {key}" in (out / "README.md").read_text()
+    card = (out / "README.md").read_text()
+    assert f"{summary[key]}, equal to the run's {key}" in card
+    before, after = (summary[when]["dev"]["loss"] for when in ("eval_before", "eval"))
+    assert "These weights.\n\n| split | metric | before | after |\n| --- | --- | --- | --- |\n| dev |" in card
+    assert f"| dev | loss | {before:.4g} | {after:.4g} |" in card
 
 
 @pytest.mark.parametrize("name", ["lorasc", "bfloat16", "dora"])
@@ -162,6 +167,7 @@ def test_an_earlier_expert_is_the_replay_and_loads_from_shards(
     for key, weight in expected.items():
         assert torch.equal(found[key], weight), key
     assert not torch.equal(found[key], tensors_of(run / "model")[key])
+    assert NO_SCORES in (out / "README.md").read_text()
     loaded = AutoModelForCausalLM.from_pretrained(out)
     assert loaded.dtype == weight.dtype
     assert torch.equal(logits(loaded), logits(model_with(expected)))
@@ -202,6 +208,7 @@ def test_one_adapter_computes_what_all_experts_do_without_the_noise(
     assert (logits(adapted) - expected).abs().max() < 1e-5 * expected.std()
     card = (out / "README.md").read_text()
     assert "left out: on the adapted weights its norm is about" in card
+    assert "The live model, not this export; `measured` above says how far they are apart." in card
     assert ("all of it on 21 other matrices" in card) == (name == "noisytune")
 
 
@@ -334,7 +341,16 @@ def test_an_unfinished_run_is_exported_and_told(copied: Path, tmp_path: Path) ->
     card = (export(copied, tmp_path / "out") / "README.md").read_text()
     assert contents(tmp_path / "out") == contents(copied / "model")
     assert "the run recorded none of these weights" in card
-    assert "The run kept no scores of this expert" in card
+    assert NO_SCORES in card
+
+
+def test_a_run_that_shipped_an_earlier_step_scored_other_weights(copied: Path, tmp_path: Path) -> None:
+    summary = json.loads((copied / "summary.json").read_text())
+    summary["shipped"] |= {"select": "best_dev", "step": 3, "weights_sha256": "0" * 64}
+    (copied / "summary.json").write_text(json.dumps(summary | {"shipped_sha256": "0" * 64}))
+    card = (export(copied, tmp_path / "out") / "README.md").read_text()
+    assert "equal to the run's weights_sha256" in card
+    assert NO_SCORES in card
 
 
 @pytest.mark.parametrize(

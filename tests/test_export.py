@@ -542,7 +542,8 @@ def test_files_that_transformers_renames_are_loaded_whole(
     out = export(run, tmp_path / "out", "--as=merged", compare="true")
     assert contents(out) == contents(run / "model")
     assert re.search(r"base +loaded whole, since ", capsys.readouterr().out)
-    export(run, tmp_path / "adapter", "--as=adapter", compare="true")
+    adapter = export(run, tmp_path / "adapter", "--as=adapter", compare="true")
+    assert "The live model, not this export" in (adapter / "README.md").read_text()
     told = re.search(r"logits differ by at most ([\d.e-]+) of", capsys.readouterr().out)
     assert told is not None
     assert float(told[1]) < 1e-5  # one expert has no noise

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from lorasc_ds.algorithm.files import sha256_of_file, sync_directory, write_atomically
@@ -69,7 +69,7 @@ class Checkpoints:
         if path.exists() and problem_of(path) is None:
             return
         files = {STATE: json.dumps(state, indent=1).encode()}
-        files[TENSORS] = safetensors.torch.save({key: tensor.contiguous() for key, tensor in tensors.items()})
+        files[TENSORS] = save({key: tensor.contiguous() for key, tensor in tensors.items()})
         needed = sum(map(len, files.values())) + SPARE_BYTES
         self.directory.mkdir(exist_ok=True)
         self.remove_rests()
@@ -167,7 +167,7 @@ def problem_of(path: Path) -> str | None:
 def read(path: Path) -> Checkpoint:
     """A checkpoint whose files are known to be right."""
     state = json.loads((path / STATE).read_text())
-    return Checkpoint(path, state, safetensors.torch.load_file(path / TENSORS))
+    return Checkpoint(path, state, load_file(path / TENSORS))
 
 
 def open_checkpoint(path: Path) -> Checkpoint:

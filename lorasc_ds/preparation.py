@@ -119,10 +119,23 @@ class Preparation:
             f" {warmup} warm-up steps"
             + (f", {self.schedule.rewarmup(plan.expert(2))} after a restart" if jagged else ""),
         ]
+        lines += [f"note      {line}" for line in repeated(self.splits)]
         unused = unused_settings(cascade)
         if unused:
             lines.append(f"note      strategy {cascade.strategy} does not use {' and '.join(unused)}")
         return lines
+
+
+def repeated(splits: dict[str, list[EncodedExample]]) -> Iterator[str]:
+    """What stands in the training examples twice, or in another split too, token for token."""
+    train = {example.target.ids for example in splits["train"]}
+    twice = len(splits["train"]) - len(train)
+    if twice:
+        yield f"{twice} of {len(splits['train'])} training examples are repetitions of others"
+    for split, examples in splits.items():
+        known = sum(example.target.ids in train for example in examples)
+        if split != "train" and known:
+            yield f"{known} of {len(examples)} examples of {split} are training examples too: its score is no test"
 
 
 def evaluation_steps(config: Config, plan: Plan, epoch_ends: frozenset[int]) -> frozenset[int]:

@@ -19,7 +19,9 @@ from conftest import RECIPE
 from lorasc_ds import checkpoint as checkpoint_module
 from lorasc_ds import run_directory, trainer
 from lorasc_ds.checkpoint import Checkpoints
+from lorasc_ds.encoding import EncodedExample, ScoredTokens
 from lorasc_ds.errors import ConfigError, StoppedError
+from lorasc_ds.preparation import repeated
 from lorasc_ds.stopping import Stopping, is_launcher
 from lorasc_ds.train import main
 from lorasc_ds.watch import LossWatch
@@ -212,3 +214,58 @@ def test_a_second_signal_ends_at_once_but_not_the_echo_of_the_first(
 )
 def test_launchers_are_known_by_their_command(command_line: str, expected: bool) -> None:
     assert is_launcher(command_line.split()) is expected
+
+
+def test_another_format_is_named(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path / "checkpoints", kept=2)
+    checkpoints.save("step_1", {}, {})
+    manifest = tmp_path / "checkpoints" / "step_1" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"format": 1', '"format": 7'))
+    assert checkpoints.newest(lambda checkpoint: None)[1] == [
+        f"checkpoint step_1 is not used: {manifest} has format 7, and this version reads 1"
+    ]
+
+
+def test_a_file_outside_of_the_run_is_not_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A ledger or a manifest that names one is refused."""
+    assert command(tmp_path / "run") == 0
+    capsys.readouterr()
+    shutil.copy(tmp_path / "run" / "ledger" / "expert_0001.safetensors", tmp_path / "outside.safetensors")
+    ledger = tmp_path / "run" / "ledger" / "ledger.json"
+    ledger.write_text(ledger.read_text().replace('"expert_0001', '"../../outside'))
+    (tmp_path / "run" / "status.json").unlink()
+    assert command(tmp_path / "run") == 4
+    assert "outside.safetensors is missing or not the file that was written" in capsys.readouterr().err
+    checkpoints = Checkpoints(tmp_path / "run" / "checkpoints", 2)
+    manifest = checkpoints.directory / checkpoints.names()[-1] / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"state.json"', '"../state.json"'))
+    assert "lists ../state.json" in checkpoints.newest(lambda checkpoint: None)[1][0]
+
+
+def test_a_recipe_is_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"training: !!python/object/apply:os.system ['touch {tmp_path / 'executed'}']\n")
+    assert command(tmp_path / "run", f"--config={recipe}") == 2
+    assert "could not determine a constructor" in capsys.readouterr().err
+    assert not (tmp_path / "executed").exists()
+
+
+def test_code_that_comes_with_a_model_is_not_run(
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = json.loads((tiny_folder / "config.json").read_text())
+    own = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
+    (tiny_folder / "config.json").write_text(json.dumps(config | {"model_type": "own", "auto_map": own}))
+    (tiny_folder / "own.py").write_text(f"open({str(tmp_path / 'executed')!r}, 'w')\n")
+    assert command(tmp_path / "run", f"--model.name_or_path={tiny_folder}") == 2
+    assert "trust_remote_code" in capsys.readouterr().err
+    assert not (tmp_path / "executed").exists()
+
+
+def test_repeated_examples_are_counted() -> None:
+    example = [EncodedExample(str(n), (ScoredTokens((1, n), 1),), (0,)) for n in (2, 3, 3, 4)]
+    told = list(repeated({"train": example[:3], "dev": example[1:2], "test": example[3:]}))
+    assert told == [
+        "1 of 3 training examples are repetitions of others",
+        "1 of 1 examples of dev are training examples too: its score is no test",
+    ]

@@ -18,62 +18,11 @@ from lorasc_ds.algorithm.plan import Expert
 from lorasc_ds.errors import DivergedError
 from lorasc_ds.live_weights import LiveWeights
 from lorasc_ds.method import Method
+from lorasc_ds.reports import Closing, Opening
 
 # A bfloat16 logit of 20 has a spacing of 0.125, a twentieth of a usual standard deviation: sound merges of a pretrained
 # model were seen to move single logits by 0.067, so that a bound of 0.05 would end healthy runs.
 MAX_BOUNDARY_DRIFT = {torch.float32: 1e-3, torch.bfloat16: 2e-1}
-
-
-@dataclass(frozen=True, slots=True)
-class Opening:
-    """What opening an expert did.
-
-    Args:
-        noise_intensity: λ as used; 0 without noise.
-        noise_losses: dev loss of every candidate for λ, where there are several.
-        noise_scale: c by name; 0 without noise.
-        noise_change: change of the probe's logits by the noise, as `relative_change`.
-        pruned: share of the moments' elements that are zero after pruning, read back; None where nothing is pruned.
-        choosing_seconds: of `seconds`, spent on candidates; None where there are none.
-        seconds: wall time, probes included.
-    """
-
-    noise_intensity: float
-    noise_losses: dict[float, float]
-    noise_scale: dict[str, float]
-    noise_change: float
-    pruned: float | None
-    choosing_seconds: float | None
-    seconds: float
-
-
-@dataclass(frozen=True, slots=True)
-class Closing:
-    """What closing an expert did, over all adapted weights.
-
-    Args:
-        slow_retention: α as used.
-        retention_losses: dev loss of every candidate for α, where there are several.
-        norm: Frobenius norm of what was merged, D(slow).
-        std: its standard deviation, by name.
-        overlap: cosine between D(slow) and the D(slow) merged before; None at the first expert.
-        lost: share of D(slow), in norm, that the weights in use do not show, by rounding.
-        averaging_change: change of the probe's logits as fast becomes slow; 0 with α = 0.
-        drift: change of the probe's logits by the merge alone; bounded.
-        choosing_seconds: of `seconds`, spent on candidates; None where there are none.
-        seconds: wall time, probes included.
-    """
-
-    slow_retention: float
-    retention_losses: dict[float, float]
-    norm: float
-    std: dict[str, float]
-    overlap: float | None
-    lost: float
-    averaging_change: float
-    drift: float
-    choosing_seconds: float | None
-    seconds: float
 
 
 def relative_change(before: Tensor, after: Tensor) -> float:

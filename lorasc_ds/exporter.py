@@ -23,7 +23,7 @@ from lorasc_ds.algorithm.low_rank import joined, noise_norm, truncated
 from lorasc_ds.algorithm.tensor_files import digest, write_tensors
 from lorasc_ds.comparison import compare, room_for_two
 from lorasc_ds.errors import ConfigError, RunError
-from lorasc_ds.export import ExportOptions
+from lorasc_ds.export_options import ExportOptions
 from lorasc_ds.exported_run import ExportedRun, Replay, open_run
 from lorasc_ds.model_card import card, shown_name
 from lorasc_ds.pretrained import layout_of, model_with, open_pretrained, write_model

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lorasc_ds.inspection import Row
+    from lorasc_ds.inspection_rows import Row
 
 GREYS = (0.72, 0.0)  # of the first expert's spectrum, of the last one's
 STYLES = (("o-", "black"), ("s--", "#1f77b4"), ("^:", "#d95f02"))  # markers and dashes, so that colour is not needed

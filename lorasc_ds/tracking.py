@@ -9,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from torch.utils.tensorboard import SummaryWriter
@@ -18,35 +18,11 @@ from tqdm import tqdm
 
 from lorasc_ds import run_directory
 from lorasc_ds.errors import PreemptedError, RunError
+from lorasc_ds.reports import StepReport
 from lorasc_ds.tasks import Scores
 from lorasc_ds.watch import LossWatch
 
 PLAIN_LINE_SECONDS = 30.0  # between two lines of the loss where there is no terminal
-
-
-class StepReport(NamedTuple):
-    """An optimizer step.
-
-    Args:
-        loss: mean loss of the global batch.
-        grad_norm: of the gradient before clipping.
-        tokens: read.
-        seconds: wall time.
-        examples: ids of the global batch.
-        asked_to_stop: whether any process was.
-    """
-
-    loss: float
-    grad_norm: float
-    tokens: int
-    seconds: float
-    examples: tuple[str, ...]
-    asked_to_stop: bool
-
-    @property
-    def finite(self) -> bool:
-        """Whether the step could be taken."""
-        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
 
 
 class Tracker:

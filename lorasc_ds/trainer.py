@@ -24,11 +24,11 @@ from lorasc_ds.evaluation import evaluate, evaluation_mode, for_the_loss_alone
 from lorasc_ds.live_weights import LiveWeights
 from lorasc_ds.objectives import scored_logits, summed_loss
 from lorasc_ds.preparation import Preparation
+from lorasc_ds.reports import StepReport
 from lorasc_ds.selection import Selection
 from lorasc_ds.sharding import Processes, prepare_engine
 from lorasc_ds.stopping import Stopping
 from lorasc_ds.tasks import Scores
-from lorasc_ds.tracking import StepReport
 
 PROBE_EXAMPLES = 4
 PROBE_TOKENS = 256

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lorasc_ds.errors import ConfigError
+from lorasc_ds.sharding.processes import Processes
 
 
 def check_restartable(optimizer: Any) -> None:
@@ -142,3 +143,26 @@ def moment_names(optimizer: Any) -> list[str]:
         state = optimizer.state.get(unit.key, {})
         return [name for name, value in state.items() if isinstance(value, Tensor) and value.shape == unit.key.shape]
     return []
+
+
+class OptimizerVerbs:
+    """What every backend says of its optimizer in the same words: those of `Backend`."""
+
+    def __init__(self, optimizer: Any, processes: Processes) -> None:
+        self.optimizer = optimizer
+        self.processes = processes
+
+    def empty_optimizer(self, parameters: Sequence[nn.Parameter]) -> None:
+        empty_(self.optimizer, parameters)
+
+    def optimizer_is_empty(self, parameters: Sequence[nn.Parameter]) -> bool:
+        return is_empty(self.optimizer, parameters)
+
+    def begin_optimizer(self) -> None:
+        begin_(self.optimizer)
+
+    def step_counts(self, parameters: Sequence[nn.Parameter]) -> list[int]:
+        return step_counts(self.optimizer, parameters)
+
+    def write_step_counts(self, parameters: Sequence[nn.Parameter], counts: Sequence[int]) -> None:
+        write_step_counts(self.optimizer, parameters, counts)

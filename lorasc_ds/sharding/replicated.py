@@ -10,15 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lorasc_ds.sharding.backend import Slice
-from lorasc_ds.sharding.optimizer_state import (
-    begin_,
-    empty_,
-    is_empty,
-    moment_names,
-    step_counts,
-    write_step_counts,
-)
-from lorasc_ds.sharding.processes import Processes
+from lorasc_ds.sharding.optimizer_state import OptimizerVerbs, moment_names
 
 # Integers of each size, to read a weight's bits.
 INTEGERS = {2: torch.int16, 4: torch.int32}
@@ -29,14 +21,10 @@ def bit_sum(weight: Tensor) -> Tensor:
     return weight.detach().view(INTEGERS[weight.element_size()]).sum(dtype=torch.int64)
 
 
-class ReplicatedBackend:
+class ReplicatedBackend(OptimizerVerbs):
     """A slice is the whole weight; a trainable parameter is its own master, as torch's optimizers have it."""
 
     merge_path = "local: every process holds the weights whole"
-
-    def __init__(self, optimizer: torch.optim.Optimizer, processes: Processes) -> None:
-        self.optimizer = optimizer
-        self.processes = processes
 
     @contextmanager
     def edit(self, weight: nn.Parameter) -> Iterator[Slice]:
@@ -54,27 +42,12 @@ class ReplicatedBackend:
     def holds(self, parameter: nn.Parameter, value: Tensor) -> bool:
         return torch.equal(parameter.detach(), value.to(parameter.device, parameter.dtype))
 
-    def empty_optimizer(self, parameters: Sequence[nn.Parameter]) -> None:
-        empty_(self.optimizer, parameters)
-
-    def optimizer_is_empty(self, parameters: Sequence[nn.Parameter]) -> bool:
-        return is_empty(self.optimizer, parameters)
-
     def moments(self, parameter: nn.Parameter) -> dict[str, Tensor]:
         return {name: self.optimizer.state[parameter][name].clone() for name in moment_names(self.optimizer)}
 
     def write_moments(self, parameter: nn.Parameter, moments: Mapping[str, Tensor]) -> None:
         for name, value in moments.items():
             self.optimizer.state[parameter][name].copy_(value)
-
-    def begin_optimizer(self) -> None:
-        begin_(self.optimizer)
-
-    def step_counts(self, parameters: Sequence[nn.Parameter]) -> list[int]:
-        return step_counts(self.optimizer, parameters)
-
-    def write_step_counts(self, parameters: Sequence[nn.Parameter], counts: Sequence[int]) -> None:
-        write_step_counts(self.optimizer, parameters, counts)
 
     def bit_sums(self, weights: Sequence[nn.Parameter]) -> list[int]:
         return torch.stack([bit_sum(weight) for weight in weights]).tolist()

@@ -24,26 +24,14 @@ from deepspeed.utils import (
 from torch import Tensor, nn
 
 from lorasc_ds.sharding.backend import Slice
-from lorasc_ds.sharding.optimizer_state import (
-    begin_,
-    empty_,
-    is_empty,
-    moment_names,
-    step_counts,
-    write_step_counts,
-)
-from lorasc_ds.sharding.processes import Processes
+from lorasc_ds.sharding.optimizer_state import OptimizerVerbs, moment_names
 from lorasc_ds.sharding.replicated import bit_sum
 
 
-class Zero3Backend:
+class Zero3Backend(OptimizerVerbs):
     """What both ways share. `optimizer` is DeepSpeed's wrapper."""
 
     merge_path = ""
-
-    def __init__(self, optimizer: Any, processes: Processes) -> None:
-        self.optimizer = optimizer
-        self.processes = processes
 
     def settle(self, parameter: nn.Parameter) -> None:
         """Leave nothing gathered, as a forward pass does: an edit of a slice alone would not be seen, and be lost."""
@@ -84,12 +72,6 @@ class Zero3Backend:
         if parameter.requires_grad:
             safe_set_local_fp32_param(parameter, self.own_part(parameter, value))
 
-    def empty_optimizer(self, parameters: Sequence[nn.Parameter]) -> None:
-        empty_(self.optimizer, parameters)
-
-    def optimizer_is_empty(self, parameters: Sequence[nn.Parameter]) -> bool:
-        return is_empty(self.optimizer, parameters)
-
     def moments(self, parameter: nn.Parameter) -> dict[str, Tensor]:
         names = moment_names(self.optimizer)
         return {name: cast(Tensor, safe_get_full_optimizer_state(parameter, name)) for name in names}
@@ -97,15 +79,6 @@ class Zero3Backend:
     def write_moments(self, parameter: nn.Parameter, moments: Mapping[str, Tensor]) -> None:
         for name, value in moments.items():
             safe_set_local_optimizer_state(parameter, self.own_part(parameter, value), name)
-
-    def begin_optimizer(self) -> None:
-        begin_(self.optimizer)
-
-    def step_counts(self, parameters: Sequence[nn.Parameter]) -> list[int]:
-        return step_counts(self.optimizer, parameters)
-
-    def write_step_counts(self, parameters: Sequence[nn.Parameter], counts: Sequence[int]) -> None:
-        write_step_counts(self.optimizer, parameters, counts)
 
     def bit_sums(self, weights: Sequence[nn.Parameter]) -> list[int]:
         sums = torch.stack([bit_sum(self.own(weight).flat) for weight in weights])

@@ -319,6 +319,11 @@ def backbone_items(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield key.replace(".base_layer.", "."), tensor
 
 
+def backbone_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The frozen parameters that the pretrained model brought."""
+    return [tensor for _, tensor in backbone_items(model) if isinstance(tensor, nn.Parameter)]
+
+
 def with_adapter(model: PreTrainedModel, directory: Path) -> nn.Module:
     """A model with a saved adapter on it, as PEFT's users load it."""
     with warnings.catch_warnings():

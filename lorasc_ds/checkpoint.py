@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from lorasc_ds.errors import CheckpointError
 FORMAT = 1
 STATE, TENSORS, MANIFEST = "state.json", "tensors.safetensors", "manifest.json"
 TEMPORARY = ".tmp-"
+NAME = re.compile(r"step_\d{8}_(training|closing|merged)")  # what a user has put beside is not looked at
 SPARE_BYTES = 1 << 20  # of disk, besides the files: for folders, and for what else the run writes
 
 
@@ -57,7 +59,7 @@ class Checkpoints:
         """Of all published checkpoints, whole or damaged, oldest first."""
         if not self.directory.is_dir():
             return []
-        return sorted(path.name for path in self.directory.iterdir() if not path.name.startswith("."))
+        return sorted(path.name for path in self.directory.iterdir() if NAME.fullmatch(path.name))
 
     def save(self, name: str, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         """Publish a checkpoint; `name`s sort by age. One that is there and whole stays.
@@ -94,17 +96,13 @@ class Checkpoints:
             raise
         sync_directory(self.directory)
 
-    def state(self, name: str) -> dict[str, Any]:
-        """The counters and digests of one that was published."""
-        return json.loads((self.directory / name / STATE).read_text())
-
     def rotate(self) -> None:
         """Once a new one is published, remove all but the newest; a damaged one does not count."""
         whole = 0
         for name in reversed(self.names()):
             if whole >= self.kept:
                 shutil.rmtree(self.directory / name)
-            elif (self.directory / name / MANIFEST).is_file():
+            elif problem_of(self.directory / name, digests=False) is None:
                 whole += 1
 
     def remove_rests(self) -> None:
@@ -140,8 +138,12 @@ class Checkpoints:
         return None, passed
 
 
-def problem_of(path: Path) -> str | None:
-    """What is wrong with the folder of a checkpoint, by its manifest; None where it is whole."""
+def problem_of(path: Path, digests: bool = True) -> str | None:
+    """What is wrong with the folder of a checkpoint, by its manifest; None where it is whole.
+
+    Args:
+        digests: False looks at sizes alone.
+    """
     try:
         manifest = json.loads((path / MANIFEST).read_text())
         if manifest["format"] != FORMAT:
@@ -155,7 +157,7 @@ def problem_of(path: Path) -> str | None:
                 return f"{file} is missing"
             if file.stat().st_size != expected["size"]:
                 return f"{file} has {file.stat().st_size} bytes, not {expected['size']}"
-            if sha256_of_file(file) != expected["sha256"]:
+            if digests and sha256_of_file(file) != expected["sha256"]:
                 return f"{file} is not what was written (sha256 differs)"
     except FileNotFoundError:
         return f"{path / MANIFEST} is missing"

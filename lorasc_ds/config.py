@@ -153,12 +153,6 @@ class CascadeConfig(Section):
         description="How a boundary edits weights that ZeRO-3 has cut up: each rank its own slices, or rank 0 one"
         " gathered weight at a time; the same bits. auto: local where a trial on the live model succeeds.",
     )
-    compact_ledger_above: float | None = Field(
-        default=16.0,
-        gt=0,
-        description="GiB of ledger above which a snapshot of the float32 sums takes the place of the early experts;"
-        " null: never. What was compacted can no longer be rolled back to or exported as an adapter.",
-    )
     max_boundary_drift: float | None = Field(
         default=None,
         gt=0,

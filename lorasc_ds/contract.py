@@ -9,7 +9,6 @@ from lorasc_ds.errors import ConfigError
 
 FREE = {
     "cascade.accumulator",
-    "cascade.compact_ledger_above",
     "cascade.max_boundary_drift",
     "cascade.merge_path",
     "training.checkpoint_steps",

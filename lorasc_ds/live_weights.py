@@ -314,9 +314,9 @@ class LiveWeights:
             with self.backend.edit(one.weight) as part:
                 part.flat.copy_(copies[one.name])
 
-    def checksum(self) -> str:
-        """Of the adapted weights in use, cheaper than `weights_sha256`, and the same under every engine."""
-        sums = self.backend.bit_sums([one.weight for one in self.weights])
+    def checksum(self, tensors: Sequence[nn.Parameter] | None = None) -> str:
+        """Of the adapted weights in use, or of other frozen ones: cheaper than a digest, alike under every engine."""
+        sums = self.backend.bit_sums([one.weight for one in self.weights] if tensors is None else tensors)
         return hashlib.sha256(" ".join(map(str, sums)).encode()).hexdigest()
 
     def weights_sha256(self) -> str:

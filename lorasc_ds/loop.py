@@ -8,8 +8,9 @@ from typing import Any
 
 from lorasc_ds.config import TrainingConfig
 from lorasc_ds.errors import DivergedError, PreemptedError
+from lorasc_ds.progress import Progress
 from lorasc_ds.reports import StepReport
-from lorasc_ds.safe_points import Progress, SafePoints
+from lorasc_ds.safe_points import SafePoints
 from lorasc_ds.tracking import Tracker
 from lorasc_ds.trainer import Trainer, peak_memory
 

@@ -21,7 +21,7 @@ from transformers import (
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
-from lorasc_ds.algorithm.files import current_umask
+from lorasc_ds.algorithm.files import current_umask, sync
 from lorasc_ds.config import ModelConfig
 from lorasc_ds.errors import ConfigError
 
@@ -199,6 +199,7 @@ def save_model(
     check(temporary)
     for file in temporary.iterdir():
         file.chmod(0o666 & ~current_umask())  # safetensors writes 0600
+        sync(file)
     if directory.exists():  # of the same run, which was continued
         shutil.rmtree(directory)
     temporary.rename(directory)

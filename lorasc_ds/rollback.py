@@ -11,9 +11,10 @@ from typing import Any
 
 from lorasc_ds import run_directory
 from lorasc_ds.algorithm.ledger import Ledger, LedgerError
-from lorasc_ds.checkpoint import Checkpoint, Checkpoints
+from lorasc_ds.checkpoint import Checkpoint, Checkpoints, problem_of
 from lorasc_ds.config import STRATEGIES
 from lorasc_ds.errors import CheckpointError, ConfigError, RunError
+from lorasc_ds.progress import Progress
 
 
 def roll_back(directory: Path, experts: int) -> str:
@@ -28,27 +29,33 @@ def roll_back(directory: Path, experts: int) -> str:
     """
     if not (directory / "ledger" / "ledger.json").is_file():
         raise ConfigError(f"{directory} holds no run: give the directory that launch/train.py had as --output_dir")
+    if experts < 1:
+        raise ConfigError(f"--expert {experts}: experts count from 1; to begin anew, take another --output_dir")
     with run_directory.locked(directory):
-        try:
-            ledger = Ledger.load(directory / "ledger", experts)
-        except LedgerError as error:
-            raise CheckpointError(str(error)) from error
-        if not experts >= 1:
-            raise ConfigError(f"--expert {experts}: experts count from 1; to begin anew, take another --output_dir")
-        step = ledger.experts[-1].steps[1]
-        name = f"step_{step:08d}_merged"
         # Any whole checkpoint knows the settings of the run, and its totals: what was spent stays spent.
         checkpoints = Checkpoints(directory / "checkpoints", kept=1)
         newest, passed = checkpoints.newest(lambda checkpoint: None)
         if newest is None:
             raise CheckpointError(f"{directory}: no whole checkpoint to go back with; {'; '.join(passed)}")
-        if name not in checkpoints.names():
+        try:
+            known = newest.state["ledger"]
+            if Ledger.read(directory / "ledger").sha256(known["experts"]) != known["sha256"]:
+                raise LedgerError(f"{directory / 'ledger' / 'ledger.json'} is not what was written (sha256 differs)")
+            if experts > known["experts"]:
+                raise LedgerError(f"the newest whole checkpoint knows of {known['experts']} experts, not of {experts}")
+            ledger = Ledger.load(directory / "ledger", experts)
+        except LedgerError as error:
+            raise CheckpointError(str(error)) from error
+        step = ledger.experts[-1].steps[1]
+        name = Progress(step).name
+        if problem_of(checkpoints.directory / name) is not None:
             selected = {key: tensor for key, tensor in newest.tensors.items() if key.startswith("selected.")}
             checkpoints.save(name, state_after(newest, ledger, step, directory), selected)
-        checkpoints.remove_after(name)
-        ledger.truncate(experts, keep=True)
-        (directory / "summary.json").unlink(missing_ok=True)
+        # In this order, a crash leaves a run that can be rolled back again or goes on from the new checkpoint.
         run_directory.write_status(directory, "preempted", step, experts, f"rolled back to expert {experts}", 75)
+        (directory / "summary.json").unlink(missing_ok=True)
+        ledger.truncate(experts, keep=True)
+        checkpoints.remove_after(name)
     return f"{directory} is as it was after expert {experts}, step {step}; the same command goes on from there"
 
 

@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,6 +31,7 @@ PACKAGES = (
 )  # fmt: skip
 OTHERS = {"STOP", ".lock", ".owner"}  # no run, when there is nothing else
 TEMPORARY = ".tmp-"
+ORIGIN = "forked_from.json"
 State = Literal["running", "preempted", "done", "failed"]
 SECRETS = re.compile("TOKEN|KEY|SECRET|PASSWORD|CREDENTIAL", re.IGNORECASE)
 
@@ -64,7 +66,7 @@ def check_usable(directory: Path, resume: str | Path) -> None:
             raise CheckpointError(f"--resume must: {directory} holds no run to go on with; give --resume auto to begin")
     elif resume == "never":
         raise ConfigError(f"--output_dir {directory} is not empty and --resume is never: {remedy}")
-    elif not {"config.yaml", "checkpoints"} & set(present):
+    elif not {"config.yaml", "checkpoints", ORIGIN} & set(present):
         raise ConfigError(
             f"--output_dir {directory} holds something that is no run ({', '.join(present[:3])}): {remedy}"
         )
@@ -97,8 +99,8 @@ def finished_summary(directory: Path) -> dict[str, Any] | None:
         return json.loads((directory / "summary.json").read_text())
     except (OSError, ValueError) as error:
         raise CheckpointError(
-            f"{directory / 'summary.json'} of a finished run cannot be read ({type(error).__name__}): remove"
-            f" {directory / 'status.json'}, and the same command writes it again"
+            f"{directory / 'summary.json'} of a finished run cannot be read ({type(error).__name__}): where there are"
+            f" checkpoints, remove {directory / 'status.json'}, and the same command writes it again"
         ) from error
 
 
@@ -121,22 +123,39 @@ def locked(directory: Path) -> Iterator[None]:
     try:
         directory.mkdir(parents=True, exist_ok=True)
         lock = FileLock(directory / ".lock", mode=0o666 & ~current_umask())
-        with lock.acquire(timeout=0):
-            write_atomically(owner, f"process {os.getpid()} on {socket.gethostname()}".encode())
-            yield
+        lock.acquire(timeout=0)
+        write_atomically(owner, f"process {os.getpid()} on {socket.gethostname()}".encode())
     except Timeout:
         who = owner.read_text() if owner.exists() else "another process"
         raise ConfigError(
             f"--output_dir {directory} is in use by {who}: wait for it, stop it, or choose another --output_dir"
         ) from None
-    except PermissionError as error:
+    except OSError as error:
         raise ConfigError(
             f"--output_dir {directory}: {error.strerror}; choose a directory that can be written"
         ) from error
+    with lock:
+        yield
+
+
+def origin_of(directory: Path) -> Path | None:
+    """The checkpoint of another run that the run in `directory` went on from."""
+    try:
+        return Path(json.loads((directory / ORIGIN).read_text())["checkpoint"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def write_origin(directory: Path, checkpoint: Path) -> None:
+    write_json(directory / ORIGIN, {"checkpoint": str(checkpoint.resolve())})
 
 
 def clear(directory: Path) -> None:
-    """Remove what a run that begins again has written."""
+    """Remove what a run that begins again has written; closed experts are put aside."""
+    if any((directory / "ledger").glob("expert_*")):
+        aside = next(path for n in count(1) if not (path := directory / "discarded" / f"ledger-{n:03d}").exists())
+        aside.parent.mkdir(exist_ok=True)
+        (directory / "ledger").rename(aside)
     for name in ("checkpoints", "ledger", "model", "tensorboard"):
         shutil.rmtree(directory / name, ignore_errors=True)
     for name in ("metrics.jsonl", "summary.json", "status.json"):

@@ -9,74 +9,30 @@ of the seed and of the step, and so is the position in the data.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor, nn
 
-from lorasc_ds.algorithm.ledger import Ledger
-from lorasc_ds.algorithm.plan import Expert, Plan
 from lorasc_ds.checkpoint import Checkpoint, Checkpoints
 from lorasc_ds.errors import CheckpointError, ConfigError, PreemptedError
-from lorasc_ds.stopping import Stopping
+from lorasc_ds.progress import Progress
 from lorasc_ds.tracking import Tracker
 from lorasc_ds.trainer import Trainer
 
-GIB = 1 << 30
-
-
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """How far a run is: `step` optimizer steps were taken; an evaluation that is due there comes next.
-
-    `training`: inside an expert. `closing`: its last step was taken, its boundary has not begun. `merged`: it is
-    closed, or no expert was opened yet.
-    """
-
-    step: int = 0
-    phase: Literal["training", "closing", "merged"] = "merged"
-
-    @classmethod
-    def after(cls, step: int, expert: Expert) -> Progress:
-        """Optimizer step `step` of `expert`, counted from 0, was taken."""
-        return cls(step + 1, "training" if step + 1 < expert.stop else "closing")
-
-    @property
-    def name(self) -> str:
-        """Of a checkpoint made here; names sort by age."""
-        return f"step_{self.step:08d}_{self.phase}"
-
-    def open_expert(self, plan: Plan) -> Expert | None:
-        return None if self.phase == "merged" else plan.expert_at(self.step - 1)
-
-    def remaining(self, plan: Plan) -> Iterator[Expert]:
-        """The experts that are not closed; the first of them may be open."""
-        closed = plan.experts if self.step == plan.steps else plan.expert_at(self.step).index - 1
-        opened = self.open_expert(plan)
-        return (plan.expert(index) for index in range(opened.index if opened else closed + 1, plan.experts + 1))
-
 
 class SafePoints:
-    """Saves a run where it is due or where it was asked to stop.
-
-    Args:
-        open_base: gives what gives a pretrained weight by its name, for compacting the ledger.
-    """
+    """Saves a run where it is due or where it was asked to stop."""
 
     def __init__(
         self,
         trainer: Trainer,
         tracker: Tracker,
         checkpoints: Checkpoints,
-        stopping: Stopping,
-        open_base: Callable[[], Callable[[str], Tensor]],
     ) -> None:
         self.trainer = trainer
         self.tracker = tracker
         self.checkpoints = checkpoints
-        self.stopping = stopping
-        self.open_base = open_base
         self.training = trainer.preparation.config.training
         self.failures = 0
 
@@ -91,7 +47,7 @@ class SafePoints:
             CheckpointError: too many saves have failed.
         """
         if asked:
-            raise self.stopping.request(self.trainer.processes)
+            raise self.trainer.stopping.request(self.trainer.processes)
         every = self.training.checkpoint_steps
         last = progress.step == self.trainer.preparation.plan.steps
         if every is not None and progress.phase != "closing" and (progress.step % every == 0 or last):
@@ -116,10 +72,9 @@ class SafePoints:
         if self.trainer.processes.main:
             try:
                 self.checkpoints.save(progress.name, state, tensors)
-                self.checkpoints.rotate()
-                self.compact()
             except OSError as error:
                 problem = str(error)
+            self.rotate()
         problem = self.trainer.processes.share(problem)
         self.tracker.checkpoint_seconds += time.perf_counter() - began
         if problem is None:
@@ -131,17 +86,12 @@ class SafePoints:
             raise CheckpointError(f"{message}; free some space and run the same command again")
         self.tracker.warn(message)
 
-    def compact(self) -> None:
-        """Where the ledger is too large, put a snapshot in the place of early experts that nothing will ask for."""
-        limit = self.trainer.preparation.config.cascade.compact_ledger_above
-        ledger = self.trainer.cascade.ledger
-        if limit is None or ledger.size() <= limit * GIB:
-            return
-        needed = [self.checkpoints.state(name)["ledger"]["experts"] for name in self.checkpoints.names()]
-        experts = min([*needed, *self.trainer.selection.needed_experts()])
-        if experts > ledger.compacted + 1:
-            self.tracker.say(f"ledger    more than {limit:g} GiB: experts 1 to {experts} become one snapshot")
-            ledger.compact(self.open_base(), experts)
+    def rotate(self) -> None:
+        """Remove old checkpoints; one that cannot be removed is no reason to end a run."""
+        try:
+            self.checkpoints.rotate()
+        except OSError as error:
+            self.tracker.warn(f"old checkpoints could not be removed: {error}")
 
 
 def kept_parameters(trainer: Trainer, inside: bool) -> dict[str, nn.Parameter]:
@@ -179,75 +129,72 @@ def state_of(trainer: Trainer, tracker: Tracker, progress: Progress) -> tuple[di
         "phase": progress.phase,
         "expert": None if opened is None else {"index": opened.index, "noise": noise},
         "ledger": {"experts": len(ledger.experts), "sha256": ledger.sha256()},
+        "base_checksum": trainer.base_checksum,
         "weights_checksum": checksum,
         "optimizer_steps": dict(zip(kept, counts, strict=True)),
         "selection": selection,
         "tracker": tracker.state(),
         "config": preparation.config.model_dump(mode="json"),
         "data_sha256": preparation.data_sha256,
-        "engine": trainer.engine.name,
+        "zero_stage": trainer.engine.zero_stage,
         "world_size": trainer.processes.world_size,
     }
     return state, {key: tensor.detach().cpu() for key, tensor in tensors.items()}
-
-
-def check_plan(plan: Plan, checkpoint: Checkpoint, ledger: Ledger) -> Progress:
-    """Where the checkpoint lies in the plan, which may have been overridden.
-
-    Raises:
-        ConfigError: in this plan, experts that are in the ledger end elsewhere, or the run is over before.
-    """
-    progress = Progress(checkpoint.state["step"], checkpoint.state["phase"])
-    done = [record.steps for record in ledger.experts]
-    expert = checkpoint.state["expert"]
-    planned = [(e.start, e.stop) for e in plan][: len(done)]
-    fits = done == planned and progress.step <= plan.steps
-    if fits and expert is not None:
-        opened = plan.expert(expert["index"]) if expert["index"] <= plan.experts else None
-        fits = (
-            opened is not None
-            and progress == Progress.after(progress.step - 1, opened)
-            and (opened.start < progress.step <= opened.stop)
-        )
-    if not fits:
-        raise ConfigError(
-            f"--resume_override training.epochs: after it the experts of this run end after steps"
-            f" {[e.stop for e in plan][:5]}, but until step {progress.step} they ended after"
-            f" {[stop for _, stop in done][:5]}: take so many epochs that no expert that has begun ends elsewhere"
-        )
-    return progress
 
 
 def restore(trainer: Trainer, checkpoint: Checkpoint) -> Progress:
     """Make the live state what it was at a safe point. The trainer has the ledger of then.
 
     Raises:
+        ConfigError: the pretrained model is not the one that the run began with.
         CheckpointError: the weights that come of it are not those of then.
-        ConfigError: see `check_plan`.
+        PreemptedError: the run was asked to stop; the checkpoint stays.
     """
     cascade, live, plan = trainer.cascade, trainer.live, trainer.preparation.plan
     state, tensors = checkpoint.state, checkpoint.tensors
-    progress = check_plan(plan, checkpoint, cascade.ledger)
+    if trainer.base_checksum != state["base_checksum"]:
+        raise ConfigError(
+            f"model.name_or_path {trainer.preparation.config.model.name_or_path}: its weights have checksum"
+            f" {trainer.base_checksum}, but the run began with {state['base_checksum']}: give the model and revision it"
+            " began with, or take another --output_dir"
+        )
+    progress = Progress(state["step"], state["phase"])
     opened = progress.open_expert(plan)
     trainer.selection.resume(state["selection"], tensors)
     noise = state["expert"]["noise"] if opened is not None else {"intensity": 0.0, "scale": {}}
-    cascade.resume(opened, noise["intensity"], noise["scale"], trainer.selection.passing)
+
+    def passing(expert: int, closed: bool) -> None:
+        trainer.stopping.poll(trainer.processes)
+        trainer.selection.passing(expert, closed)
+
+    cascade.resume(opened, noise["intensity"], noise["scale"], passing)
     if state["weights_checksum"] not in (None, live.checksum()):  # None: of a rollback, which loads no weights
         raise CheckpointError(
             f"{checkpoint.path}: the pretrained weights and the ledger give other weights than the run had at step"
             f" {progress.step}: a device computes wrongly, or the software has changed; resume where it was run"
         )
+    restore_adapters(trainer, opened is not None, tensors, state["optimizer_steps"])
+    return progress
+
+
+def restore_adapters(trainer: Trainer, inside: bool, tensors: Mapping[str, Tensor], counts: Mapping[str, int]) -> None:
+    """Write pairs, magnitudes and the optimizer's state wherever the engine keeps them.
+
+    Args:
+        inside: whether an expert is open.
+        tensors: as `state_of` gave them.
+        counts: of the optimizer's steps, by the name of the parameter.
+    """
+    backend, device = trainer.live.backend, trainer.processes.device
     for one in trainer.weights:
         parameters = {"A": one.A, "B": one.B, "magnitude": one.magnitude}
         for part, parameter in parameters.items():
             if parameter is not None and f"{one.name}.{part}" in tensors:
-                live.backend.write(parameter, tensors[f"{one.name}.{part}"].to(trainer.processes.device))
-    counts: dict[str, int] = state["optimizer_steps"]
+                backend.write(parameter, tensors[f"{one.name}.{part}"].to(device))
     if any(counts.values()):
-        kept = kept_parameters(trainer, opened is not None)
-        live.backend.begin_optimizer()
+        kept = kept_parameters(trainer, inside)
+        backend.begin_optimizer()
         for name, parameter in kept.items():
-            moments = {key: tensors[f"{name}.{key}"] for key in live.backend.moments(parameter)}
-            live.backend.write_moments(parameter, {k: m.to(trainer.processes.device) for k, m in moments.items()})
-        live.backend.write_step_counts(list(kept.values()), [counts[name] for name in kept])
-    return progress
+            moments = {moment: tensors[f"{name}.{moment}"].to(device) for moment in backend.moments(parameter)}
+            backend.write_moments(parameter, moments)
+        backend.write_step_counts(list(kept.values()), [counts[name] for name in kept])

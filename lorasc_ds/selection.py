@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from lorasc_ds.algorithm.experts import Pair
+from lorasc_ds.errors import CheckpointError
 from lorasc_ds.live_weights import LiveWeights
 from lorasc_ds.tasks import Scores
 
@@ -48,6 +49,11 @@ class Selection:
 
     def restore(self) -> None:
         """Put the selected weights into the model; nothing to do with `last`."""
+        if self.step and not self.copies:
+            raise CheckpointError(
+                f"training.select best_dev chose step {self.step}, and the ledger no longer gives its weights: it was"
+                " compacted by another version"
+            )
         if self.copies:
             self.live.write_copies(self.copies)
             self.live.write_magnitudes(self.magnitudes)
@@ -72,10 +78,6 @@ class Selection:
         if not values["closed"]:
             self.pairs = {n: Pair(*(tensors[f"selected.{n}.{part}"] for part in "AB")) for n in names}
         self.magnitudes = {n: tensors[f"selected.{n}.magnitude"] for n in names if f"selected.{n}.magnitude" in tensors}
-
-    def needed_experts(self) -> list[int]:
-        """After how many experts the ledger must still give the weights, for `passing`."""
-        return [self.expert if self.pairs is None else self.expert - 1] if self.step else []
 
     def passing(self, expert: int, closed: bool) -> None:
         """While the weights are made again from the ledger: they are now those inside `expert`, or those after it."""

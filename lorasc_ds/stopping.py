@@ -21,7 +21,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # Slurm's usual warni
 AT_ONCE_SECONDS = 1.0  # launchers pass on, within milliseconds, a Ctrl-C that the terminal has sent already
 LOOK_SECONDS = 1.0  # between two looks at the file system, which may be a network's
 LAUNCHERS = {
-    "accelerate", "torchrun", "deepspeed", "torch.distributed.run", "torch.distributed.launch",
+    "accelerate", "accelerate-launch", "torchrun", "deepspeed", "torch.distributed.run", "torch.distributed.launch",
     "accelerate.commands.launch", "deepspeed.launcher.launch", "deepspeed.launcher.runner",
 }  # fmt: skip
 
@@ -47,8 +47,8 @@ class Stopping:
         try:
             yield
         finally:
-            for signum, handler in before.items():
-                signal.signal(signum, handler)
+            for signum, handler in before.items():  # the echo of a signal may come as the process ends
+                signal.signal(signum, signal.SIG_IGN if self.signalled else handler)
 
     def hear(self, signum: int, frame: FrameType | None) -> None:
         now = time.monotonic()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -65,8 +66,7 @@ class Tracker:
         records = directory / "metrics.jsonl" if main else Path(os.devnull)
         self.metrics = records.open("a", encoding="utf-8")
         step = 0 if resumed is None else resumed["step"]
-        # What was recorded after the checkpoint happens again: cut off here, hidden in TensorBoard.
-        purge_step = None if resumed is None else step + 1
+        purge_step = None if resumed is None else step + 1  # what was recorded later happens again
         self.writer = SummaryWriter(directory / "tensorboard", purge_step=purge_step) if tensorboard and main else None
         self.bar = tqdm(
             total=steps, initial=step, unit="step", disable=not (main and sys.stderr.isatty()), dynamic_ncols=True
@@ -81,6 +81,7 @@ class Tracker:
         self.choosing_seconds = 0.0
         self.checkpoint_seconds = 0.0
         self.skipped = 0
+        self.metrics_bytes = 0
         self.before: Scores = {}
         self.after: Scores = {}
         self.watch = LossWatch()
@@ -96,13 +97,14 @@ class Tracker:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if isinstance(error, PreemptedError):
-            self.status("preempted", str(error), error.exit_code)
-        elif error is not None:
-            code = error.exit_code if isinstance(error, RunError) else 1
-            self.failed(" ".join(f"{type(error).__name__}: {error}".split()), code)
+        with contextlib.suppress(OSError):  # a full disk is told by the error that is on its way
+            if isinstance(error, PreemptedError):
+                self.status("preempted", str(error), error.exit_code)
+            elif error is not None:
+                code = error.exit_code if isinstance(error, RunError) else 1
+                self.failed(" ".join(f"{type(error).__name__}: {error}".split()), code)
+            self.metrics.close()
         self.bar.close()
-        self.metrics.close()
         if self.writer is not None:
             self.writer.close()
 
@@ -112,7 +114,7 @@ class Tracker:
             "step": self.step,
             "expert": self.expert,
             "learning_rate": self.learning_rate,
-            "watched": list(self.watch.losses),
+            "watched": {"losses": list(self.watch.losses), "high": self.watch.high},
             "window": [one._replace(examples=())._asdict() for one in self.window],
             "seconds": self.seconds,
             "tokens": self.tokens,
@@ -126,19 +128,17 @@ class Tracker:
         }
 
     def resume(self, state: dict[str, Any]) -> None:
-        """Go on from `state`; what `metrics.jsonl` holds beyond is cut off."""
+        """Count on from `state`."""
         self.expert, self.learning_rate = state["expert"], state["learning_rate"]
-        self.watch.losses.extend(state["watched"])
+        self.watch.losses.extend(state["watched"]["losses"])
+        self.watch.high = state["watched"]["high"]
         self.window = [StepReport(**one | {"examples": tuple(one["examples"])}) for one in state["window"]]
         self.seconds, self.tokens = state["seconds"], state["tokens"]
         self.boundary_seconds = list(state["boundary_seconds"])
         self.choosing_seconds, self.skipped = state["choosing_seconds"], state["skipped"]
         self.checkpoint_seconds = state["checkpoint_seconds"]
         self.before, self.after = state["before"], state["after"]
-        if self.main:
-            self.metrics.seek(0, os.SEEK_END)
-            self.metrics.truncate(min(self.metrics.tell(), state["metrics_bytes"]))
-            self.metrics.seek(0, os.SEEK_END)
+        self.metrics_bytes = state["metrics_bytes"]
 
     @property
     def epoch(self) -> float:
@@ -185,7 +185,14 @@ class Tracker:
             self.writer.file_writer.add_summary(summary)
 
     def goes_on(self, checkpoint: Path, environment: dict[str, Any]) -> None:
-        """The run was taken up again, by this command and with these versions."""
+        """The run was taken up again, by this command and with these versions.
+
+        What `metrics.jsonl` holds beyond the checkpoint is cut off, since it will happen again.
+        """
+        if self.main:
+            self.metrics.seek(0, os.SEEK_END)
+            self.metrics.truncate(min(self.metrics.tell(), self.metrics_bytes))
+            self.metrics.seek(0, os.SEEK_END)
         self.record("resumed", {"checkpoint": checkpoint.name, "environment": environment})
 
     def learning_rates(self, rates: dict[str, float]) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shlex
 import sys
 import traceback
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,12 @@ from lorasc_ds.checkpoint import Checkpoint, Checkpoints, read
 from lorasc_ds.cli import Invocation, parse_command_line, to_yaml
 from lorasc_ds.config import Config
 from lorasc_ds.dry_run import report
-from lorasc_ds.errors import PeerError, PreemptedError, RunError
+from lorasc_ds.errors import CheckpointError, PeerError, PreemptedError, RunError
 from lorasc_ds.loop import train
 from lorasc_ds.memory import gpu_bytes
 from lorasc_ds.preparation import Preparation, attach_adapters, prepare
-from lorasc_ds.safe_points import Progress, SafePoints, restore
+from lorasc_ds.progress import Progress
+from lorasc_ds.safe_points import SafePoints, restore
 from lorasc_ds.sharding import (
     Launch,
     Processes,
@@ -119,9 +121,12 @@ def run(invocation: Invocation, stopping: Stopping) -> None:
         failing_together(launch.rank, launch.world_size, record_failure),
         run_directory.locked(invocation.output_dir) if main else nullcontext(),
     ):
-        checkpoint = begin(invocation, preparation, launch, processes)
+        checkpoint = choose(invocation, preparation, launch, processes)
         try:
-            with tracker_of(invocation.output_dir, preparation, checkpoint, main) as tracker:
+            with (
+                explaining_full_disk(invocation.output_dir),
+                tracker_of(invocation.output_dir, preparation, checkpoint, main) as tracker,
+            ):
                 summary = carry_out(invocation, launch, preparation, accelerator, stopping, tracker, checkpoint)
         except PreemptedError:
             if main:
@@ -134,20 +139,30 @@ def run(invocation: Invocation, stopping: Stopping) -> None:
     accelerator.end_training()
 
 
-def begin(invocation: Invocation, preparation: Preparation, launch: Launch, processes: Processes) -> Checkpoint | None:
-    """Make the run directory ready. Returns what the run goes on from, the same for all processes."""
+def choose(invocation: Invocation, preparation: Preparation, launch: Launch, processes: Processes) -> Checkpoint | None:
+    """What the run goes on from, the same for all processes; where it begins, its directory is made ready."""
     path = None
     if processes.main:
         directory, config = invocation.output_dir, invocation.config
-        chosen, lines = resuming.find(
-            directory, config, invocation.resume, invocation.resume_override, preparation.data_sha256
-        )
+        try:
+            chosen, lines = resuming.find(
+                directory,
+                config,
+                invocation.resume,
+                invocation.resume_override,
+                preparation.data_sha256,
+                preparation.plan,
+            )
+        except CheckpointError as error:  # a script that reads an older status would start the run again and again
+            run_directory.write_status(directory, "failed", 0, 0, str(error), error.exit_code)
+            raise
         if chosen is not None:
             path = chosen.path
-            engine = "no DeepSpeed" if launch.stage is None else f"zero{launch.stage}"
-            lines.append(resuming.describe(chosen, launch.world_size, engine))
+            lines.append(resuming.describe(chosen, launch.world_size, launch.stage))
         print("".join(f"resume    {line}\n" for line in lines), end="", flush=True)
-        run_directory.begin(directory, config)
+        if chosen is None:
+            run_directory.clear(directory)
+            run_directory.begin(directory, config)
     path = processes.share(path)
     return None if path is None else read(path)
 
@@ -179,29 +194,44 @@ def carry_out(
 ) -> dict[str, Any]:
     """Load the model, train it and record the end. Returns the summary."""
     config, directory = invocation.config, invocation.output_dir
-    if checkpoint is None:
-        tracker.configuration(to_yaml(config), run_directory.flatten(config.model_dump(mode="json")))
-    else:
-        tracker.goes_on(checkpoint.path, run_directory.environment())
     with sharded_loading(launch, accelerator, config.model.dtype):
         model = models.load_model(config.model)
         weights = attach_adapters(config, model)  # here, since DoRA's magnitudes are made from whole weights
     length = None if checkpoint is None else checkpoint.state["ledger"]["experts"]
     trainer = Trainer(preparation, model, weights, accelerator, directory, stopping, length)
     stopping.poll(trainer.processes)
-    safe_points = SafePoints(
-        trainer,
-        tracker,
-        Checkpoints(directory / "checkpoints", config.training.checkpoints_kept),
-        stopping,
-        lambda: models.pretrained_tensors(config.model),
-    )
-    progress = Progress() if checkpoint is None else restore(trainer, checkpoint)
+    if checkpoint is None:
+        progress = Progress()
+        tracker.configuration(to_yaml(config), run_directory.flatten(config.model_dump(mode="json")))
+    else:
+        progress = restore(trainer, checkpoint)
+        if trainer.processes.main:  # now that nothing can refuse it any more
+            resuming.settle(directory, checkpoint, trainer.cascade.ledger)
+            run_directory.begin(directory, config)
+        tracker.goes_on(checkpoint.path, run_directory.environment())
+    checkpoints = Checkpoints(directory / "checkpoints", config.training.checkpoints_kept)
+    safe_points = SafePoints(trainer, tracker, checkpoints)
     summary = train(trainer, tracker, safe_points, progress, directory)
     if trainer.processes.main:
         run_directory.write_json(directory / "summary.json", summary)
     tracker.status("done", "finished", exit_code=0)
     return summary
+
+
+@contextmanager
+def explaining_full_disk(directory: Path) -> Iterator[None]:
+    """
+    Raises:
+        CheckpointError: what was written inside met a full disk.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise CheckpointError(
+            f"{directory}: {error}; free some space and run the same command again, it goes on from the last checkpoint"
+        ) from error
 
 
 def main(arguments: Sequence[str], default_recipe: Path) -> int:

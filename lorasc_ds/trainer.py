@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lorasc_ds import models
-from lorasc_ds.adapters import AdaptedWeight, other_matrices, parameter_groups
+from lorasc_ds.adapters import AdaptedWeight, backbone_parameters, other_matrices, parameter_groups
 from lorasc_ds.algorithm.ledger import Adapter, Base, Ledger, LedgerError
 from lorasc_ds.cascade import Boundaries
 from lorasc_ds.data import Batch, derived_seed
@@ -95,6 +95,7 @@ class Trainer:
         self.engine.model.train()
         models.refuse_bidirectional(config.model, module, self.logits)
         self.base_sha256 = self.weights_sha256()
+        self.base_checksum = self.live.checksum(backbone_parameters(module))
         self.selection = Selection(training.select, self.live)
         if ledger_length is None:
             ledger = self.new_ledger(getattr(module.config, "_commit_hash", None), directory / "ledger", tuple(others))
@@ -128,7 +129,7 @@ class Trainer:
         return ledger
 
     def old_ledger(self, directory: Path, experts: int) -> Ledger:
-        """The first `experts` experts of the run's ledger; the main process removes later ones."""
+        """The first `experts` experts of the run's ledger."""
         try:
             ledger = Ledger.load(directory, experts)
         except LedgerError as error:
@@ -139,9 +140,6 @@ class Trainer:
                 f" {self.base_sha256}, but the run began with {ledger.base.sha256}: give the model and revision it"
                 f" began with ({ledger.base.revision}), or take another --output_dir"
             )
-        self.processes.wait()  # until all have read it
-        if self.processes.main:
-            ledger.truncate(experts, keep=False)
         return ledger
 
     def logits(self, ids: Tensor) -> Tensor:

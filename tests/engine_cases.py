@@ -32,6 +32,7 @@ from engine_measures import (
     edit_all,
     first_step_after_a_boundary,
     growth,
+    left_and_taken_up,
     merged_from_given_pairs,
     not_finite_on_one_rank,
     planted_fault,
@@ -95,6 +96,10 @@ class Case:
     def looks_at_the_restart(self) -> bool:
         two_show_it = self.world_size > 2 and "model.dtype" in self.settings
         return self.measure == "equality" and not two_show_it and not RESTARTED_ALIKE & self.settings.keys()
+
+    @property
+    def is_taken_up(self) -> bool:
+        return self.world_size == 2 and (self.looks_at_the_restart or self.measure == "method")
 
 
 def cases() -> Iterator[Case]:
@@ -272,6 +277,8 @@ def run_case(case: Case, model: Path, folder: Path, rank: int) -> dict[str, Any]
         found["first_step"] = first_step_after_a_boundary(trainer)
         if case.zero is not None and case.zero["stage"] > 0:
             found["planted_fault"] = planted_fault(trainer)
+    if case.is_taken_up:
+        found["taken_up"] = left_and_taken_up(trainer)
     if case.measure == "equality":
         found["not_finite"] = not_finite_on_one_rank(trainer)
     return found

@@ -8,7 +8,8 @@ import threading
 import weakref
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import reference
 import torch
@@ -19,7 +20,8 @@ from torch.utils._pytree import tree_leaves
 
 from lorasc_ds.algorithm.experts import Pair
 from lorasc_ds.algorithm.ledger import Ledger, digest
-from lorasc_ds.errors import DivergedError
+from lorasc_ds.errors import DivergedError, PreemptedError
+from lorasc_ds.safe_points import Progress, restore_adapters, state_of
 from lorasc_ds.trainer import Trainer
 
 RANK = 5
@@ -199,6 +201,32 @@ def not_finite_on_one_rank(trainer: Trainer) -> dict[str, Any]:
         steps.append([whole(other.B) for other in trainer.weights])
     off = max(float((one - two).abs().max()) / LEARNING_RATE for one, two in zip(*steps, strict=True))
     return {"finite": finite, "moved": moved, "off": off}
+
+
+def left_and_taken_up(trainer: Trainer) -> dict[str, Any]:
+    """An expert is stopped as it is scored, and its state saved, spoiled and restored: what is not as it was."""
+    expert = trainer.preparation.plan.expert(1)
+    trainer.live.restart_pairs(1)
+    trainer.backend.empty_optimizer(trainer.live.pair_parameters)
+    trainer.training_step(0, LEARNING_RATE)
+    before, pairs = trainer.weights_sha256(), trainer.live.pairs()
+    try:
+        with trainer.cascade.as_if_closed():
+            raise PreemptedError("the test")
+    except PreemptedError:
+        undone = trainer.weights_sha256() == before and not trainer.live.differing(pairs)
+    recorded = SimpleNamespace(state=dict)
+    state, tensors = trainer.processes.share(state_of(trainer, cast(Any, recorded), Progress.after(0, expert)))
+    ends = []
+    for spoiled in (False, True):
+        if spoiled:
+            trainer.training_step(0, 10 * LEARNING_RATE)
+            restore_adapters(trainer, True, tensors, state["optimizer_steps"])
+        trainer.training_step(1, LEARNING_RATE)
+        ends.append(trainer.live.pairs())
+    same = all(torch.equal(one, two) for name in ends[0] for one, two in zip(ends[0][name], ends[1][name], strict=True))
+    counts = {count for name, count in state["optimizer_steps"].items() if not name.endswith(".magnitude")}
+    return {"undone": undone, "same": same, "counts": sorted(counts)}
 
 
 def collectives_of(work: Callable[[], None]) -> int:

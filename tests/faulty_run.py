@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 from lorasc_ds.algorithm import merge
 from lorasc_ds.algorithm.ledger import Ledger
+from lorasc_ds.checkpoint import Checkpoints
 from lorasc_ds.errors import DivergedError
 from lorasc_ds.live_weights import LiveWeights
 from lorasc_ds.train import main
@@ -49,6 +50,7 @@ FAULTS = {
     "hang": (merge, "merge_", hang),
     "ledger": (Ledger, "append", fill_the_disk),
     "save": (LiveWeights, "save", fail),
+    "checkpoint": (Checkpoints, "save", fill_the_disk),
     "death": (Ledger, "closed", die),  # as a run is taken up again
 }
 

@@ -127,12 +127,11 @@ def forked(case: dict[str, Any]) -> dict[str, Any]:
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(code)
-    if "signals" in case:  # seconds after the first point, and which
-        while not files["points"].exists():
+    for seconds, signum in case.get("signals", []):  # from when the point was reached, or the signal before
+        while case["point"] not in (files["points"].read_text() if files["points"].exists() else ""):
             time.sleep(0.01)
-        for seconds, signum in case["signals"]:
-            time.sleep(seconds)
-            os.kill(child, signum)
+        time.sleep(seconds)
+        os.kill(child, signum)
     _, status = os.waitpid(child, 0)
     return {
         "code": os.waitstatus_to_exitcode(status),

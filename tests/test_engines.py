@@ -252,6 +252,14 @@ def test_a_number_that_is_not_finite_on_one_rank_keeps_all_from_the_update(case:
     assert found["off"] < 1e-3  # nothing of it is left in a buffer
 
 
+@pytest.mark.parametrize("case", [case for case in CASES.values() if case.is_taken_up], ids=lambda case: case.name)
+def test_a_stop_undoes_a_virtual_close_and_a_saved_state_can_be_taken_up(case: Case, results: Results) -> None:
+    found = results[case]["taken_up"]
+    assert found["undone"]
+    assert found["same"]
+    assert found["counts"] == [1]
+
+
 def test_local_edits_are_taken_only_where_a_trial_of_them_succeeds(results: Results) -> None:
     assert results[CASES["layout-auto"]]["merge_path"].startswith("gather: ")
     assert results[CASES["layout-auto"]]["merge_path"].endswith("a trial of local edits failed")

@@ -22,6 +22,7 @@ from lorasc_ds.checkpoint import Checkpoints
 from lorasc_ds.encoding import EncodedExample, ScoredTokens
 from lorasc_ds.errors import ConfigError, StoppedError
 from lorasc_ds.preparation import repeated
+from lorasc_ds.progress import Progress
 from lorasc_ds.stopping import Stopping, is_launcher
 from lorasc_ds.train import main
 from lorasc_ds.watch import LossWatch
@@ -126,26 +127,31 @@ def test_a_full_disk_is_seen_before_it_is_written_to(
 def test_saves_never_leave_less_than_there_was(tmp_path: Path) -> None:
     """Old ones go only after a new one is there; a damaged one does not count, and is replaced."""
     checkpoints = Checkpoints(tmp_path / "checkpoints", kept=2)
-    for step in range(4):
-        checkpoints.save(f"step_{step}", {"step": step}, {"x": torch.ones(3)})
-        assert f"step_{step}" in checkpoints.names()
+    names = [Progress(step).name for step in range(4)]
+    for step, name in enumerate(names):
+        checkpoints.save(name, {"step": step}, {"x": torch.ones(3)})
+        assert name in checkpoints.names()
         checkpoints.rotate()
-    assert checkpoints.names() == ["step_2", "step_3"]
-    (tmp_path / "checkpoints" / "step_3" / "manifest.json").unlink()
-    (tmp_path / "checkpoints" / ".tmp-step_9").mkdir()
+    assert checkpoints.names() == names[2:]
+    last = checkpoints.directory / names[3]
+    os.truncate(last / "tensors.safetensors", 10)
+    (checkpoints.directory / ".tmp-step_9").mkdir()
+    (checkpoints.directory / "my own copy").mkdir()
+    (checkpoints.directory / "notes.txt").touch()
     checkpoints.rotate()
-    assert checkpoints.names() == ["step_2", "step_3"]
+    assert checkpoints.names() == names[2:]
     newest, passed = checkpoints.newest(lambda checkpoint: None)
     assert newest is not None
     assert newest.state == {"step": 2}
-    assert passed[0].startswith("checkpoint step_3 is not used: ")
-    checkpoints.save("step_3", {"step": 3}, {"x": torch.ones(3)})
+    assert passed == [f"checkpoint {names[3]} is not used: {last / 'tensors.safetensors'} has 10 bytes, not 76"]
+    checkpoints.save(names[3], {"step": 3}, {"x": torch.ones(3)})
     newest, passed = checkpoints.newest(lambda checkpoint: None)
     assert (newest.state if newest else None, passed) == ({"step": 3}, [])
-    assert list((tmp_path / "checkpoints").glob(".tmp-*")) == []
-    before = (tmp_path / "checkpoints" / "step_3" / "manifest.json").stat().st_mtime_ns
-    checkpoints.save("step_3", {"step": 3}, {"x": torch.ones(3)})
-    assert (tmp_path / "checkpoints" / "step_3" / "manifest.json").stat().st_mtime_ns == before
+    assert list(checkpoints.directory.glob(".tmp-*")) == []
+    before = (last / "manifest.json").stat().st_mtime_ns
+    checkpoints.save(names[3], {"step": 3}, {"x": torch.ones(3)})
+    assert (last / "manifest.json").stat().st_mtime_ns == before
+    assert {"my own copy", "notes.txt"} <= {path.name for path in checkpoints.directory.iterdir()}
 
 
 def hold(directory: Path, taken: Any, release: Any) -> None:
@@ -218,11 +224,11 @@ def test_launchers_are_known_by_their_command(command_line: str, expected: bool)
 
 def test_another_format_is_named(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path / "checkpoints", kept=2)
-    checkpoints.save("step_1", {}, {})
-    manifest = tmp_path / "checkpoints" / "step_1" / "manifest.json"
+    checkpoints.save(Progress(1).name, {}, {})
+    manifest = tmp_path / "checkpoints" / Progress(1).name / "manifest.json"
     manifest.write_text(manifest.read_text().replace('"format": 1', '"format": 7'))
     assert checkpoints.newest(lambda checkpoint: None)[1] == [
-        f"checkpoint step_1 is not used: {manifest} has format 7, and this version reads 1"
+        f"checkpoint {Progress(1).name} is not used: {manifest} has format 7, and this version reads 1"
     ]
 
 

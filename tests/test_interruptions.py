@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -46,6 +48,7 @@ KILLED = [
     "rename model#1:before",
 ]
 STOPPED = ["load#1:after", "merge#4:after", "evaluate#8:before", "rename checkpoints/step_00000003_training#1:before"]
+TWICE = "step#5:before"
 FULL = [f"fsync {SAVE}/.tmp-tensors.safetensors#1:before"]
 
 
@@ -86,9 +89,17 @@ class Interrupted:
         self.folder = folder
         points = {"kill": KILLED, "terminate": STOPPED, "fill the disk": FULL}
         self.whole = folder / "whole"
-        cases = [{"arguments": [f"--output_dir={self.whole}", *RUN]}]
+        self.twice = folder / "twice"
+        again = {"arguments": [f"--output_dir={self.twice}", *RUN]}
+        signals = [(0.1, signal.SIGINT), (0.1, signal.SIGTERM), (1.5, signal.SIGINT)]  # the second is an echo
+        cases = [
+            {"arguments": [f"--output_dir={self.whole}", *RUN]},
+            again | {"point": TWICE, "action": "wait", "signals": signals},
+            again,
+        ]
         if os.environ.get("LORASC_ALL_POINTS") == "1":
-            (result,) = carry_out(cases, folder, 120)
+            (result,) = carry_out(cases[:1], folder, 120)
+            shutil.rmtree(self.whole)
             passed = result["points"].splitlines()
             points = {"kill": passed, "terminate": passed, "fill the disk": FULL}
         self.places = {
@@ -101,8 +112,9 @@ class Interrupted:
             cases += [again | {"point": point, "action": action}, again]
         results = carry_out(cases, folder, 250 if len(cases) < 100 else 7200)
         self.points = results[0]["points"].splitlines()
-        self.first = dict(zip(self.places, results[1::2], strict=True))
-        self.second = dict(zip(self.places, results[2::2], strict=True))
+        self.at_once, self.after_it = results[1:3]
+        self.first = dict(zip(self.places, results[3::2], strict=True))
+        self.second = dict(zip(self.places, results[4::2], strict=True))
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +141,14 @@ def test_asked_to_stop_anywhere_it_leaves_a_checkpoint_and_goes_on_as_if_nothing
             assert first["code"] == 75, (point, first["err"])
             assert "Traceback" not in first["err"]
             assert "asked to stop: SIGTERM" in first["err"]
+
+
+def test_a_second_ctrl_c_stops_at_once_and_harms_nothing(interrupted: Interrupted) -> None:
+    assert interrupted.at_once["code"] == 130
+    assert "error: stopped at once by a second SIGINT; the last checkpoint is whole" in interrupted.at_once["err"]
+    assert interrupted.after_it["code"] == 0
+    assert summary(interrupted.twice) == summary(interrupted.whole)
+    assert records(interrupted.twice) == records(interrupted.whole)
 
 
 def test_a_full_disk_costs_one_checkpoint_and_says_so(interrupted: Interrupted) -> None:

@@ -41,7 +41,7 @@ STAGES: list[tuple[list[str], bool]] = [
     (["deepspeed", "--num_accelerators=2", "--master_port", str(free_port()), "launch/train.py", "--deepspeed", "ds_configs/zero3.json"], True),
     (["accelerate", "launch", "launch/train.py"], True),
     (["torchrun", "--standalone", "--nproc_per_node=2", "launch/train.py", "--deepspeed=ds_configs/zero2.json"], True),
-    (["torchrun", "--standalone", "--nproc_per_node=2", "--max-restarts=1", "tests/faulty_run.py", "death", "1"], False),
+    (["torchrun", "--standalone", "--nproc_per_node=2", "--max-restarts=1", "tests/faulty_run.py", "death", "1", "--deepspeed=ds_configs/zero3.json"], False),
 ]  # fmt: skip
 
 

@@ -14,14 +14,16 @@ import torch
 from conftest import RECIPE
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from lorasc_ds import resuming
+from lorasc_ds.algorithm.plan import Plan
 from lorasc_ds.checkpoint import Checkpoints
 from lorasc_ds.cli import parse_command_line
-from lorasc_ds.errors import CheckpointError, RunError
-from lorasc_ds.preparation import prepare
+from lorasc_ds.compaction import main as compact
+from lorasc_ds.errors import CheckpointError
 from lorasc_ds.rollback import main as rollback
+from lorasc_ds.selection import Selection
 from lorasc_ds.train import main
 from lorasc_ds.trainer import Trainer
 
@@ -54,7 +56,7 @@ def command(capsys: pytest.CaptureFixture[str]) -> Command:
 def stopped(command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Path]:
     """A run that was asked to stop after so many steps."""
 
-    def start(steps: int = 4, name: str = "run", **changed: Any) -> Path:
+    def start(steps: int = 4, name: str = "run", *flags: str, **changed: Any) -> Path:
         training_step = Trainer.training_step
 
         def step_and_stop(self: Trainer, step: int, learning_rate: float) -> Any:
@@ -64,7 +66,7 @@ def stopped(command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
 
         with monkeypatch.context() as patch:
             patch.setattr(Trainer, "training_step", step_and_stop)
-            code, said = command(tmp_path / name, **changed)
+            code, said = command(tmp_path / name, *flags, **changed)
         assert code == 75
         assert f"asked to stop: the test; left after step {steps}, the same command goes on from there" in said
         return tmp_path / name
@@ -176,7 +178,9 @@ def test_a_finished_run_goes_on_for_more_epochs_and_is_the_longer_run(command: C
     assert "take so many epochs that no expert that has begun ends elsewhere" in said
 
 
-def test_changed_data_and_another_base_are_refused(shared_data: Path, command: Command, tmp_path: Path) -> None:
+def test_changed_data_and_another_base_are_refused(
+    shared_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     rows = (shared_data / "gsm8k" / "train.jsonl").read_text().splitlines()[:40]
     data, model = tmp_path / "rows.jsonl", tmp_path / "model"
     data.write_text("\n".join(rows))
@@ -189,17 +193,21 @@ def test_changed_data_and_another_base_are_refused(shared_data: Path, command: C
     assert main(arguments, RECIPE) == 0
     (tmp_path / "out" / "status.json").write_text("{}")  # as if it had not finished
     data.write_text("\n".join([rows[1], rows[0], *rows[2:]]))
-    config = parse_command_line(arguments, RECIPE).config  # type: ignore[union-attr]
-    with pytest.raises(RunError, match=r"task: the examples are not those that the run began with \(sha256 of train"):
-        resuming.find(tmp_path / "out", config, "auto", (), prepare(config).data_sha256)
+    assert main(arguments, RECIPE) == 2
+    assert (
+        "error: task: the examples are not those that the run began with (sha256 of train " in capsys.readouterr().err
+    )
     data.write_text("\n".join(rows))
     weights = load_file(model / "model.safetensors")
-    name = next(name for name in weights if "q_proj" in name)
-    weights[name][0, 0] += 1
-    from safetensors.torch import save_file
-
+    for part, key in (("q_proj", "the adapted weights have sha256 "), ("down_proj", "its weights have checksum ")):
+        name = next(name for name in weights if part in name)
+        save_file(weights | {name: weights[name] * 1.5}, model / "model.safetensors", {"format": "pt"})
+        assert main(arguments, RECIPE) == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"error: model.name_or_path {model}: {key}")
+        assert ", but the run began with " in error
     save_file(weights, model / "model.safetensors", {"format": "pt"})
-    assert main(arguments, RECIPE) == 2
+    assert main(arguments, RECIPE) == 0
 
 
 def test_must_never_and_path(stopped: Callable[..., Path], command: Command, tmp_path: Path) -> None:
@@ -210,16 +218,38 @@ def test_must_never_and_path(stopped: Callable[..., Path], command: Command, tmp
     checkpoints = Checkpoints(directory / "checkpoints", 2)
     oldest = directory / "checkpoints" / checkpoints.names()[0]
     assert command(tmp_path / "whole")[0] == 0
-    code, said = command(tmp_path / "fork", f"--resume={oldest}")
-    assert code == 0, said
-    assert digest(tmp_path / "fork") == digest(tmp_path / "whole")
-    code, said = command(tmp_path / "fork", f"--resume={oldest}")
-    assert code == 2
-    assert "is a checkpoint of another run" in said
+    code, said = command(tmp_path / "whole", f"--resume={oldest}")
+    assert (code, "is a checkpoint of another run" in said) == (2, True)
     assert command(directory, f"--resume={oldest}")[0] == 0
     assert digest(directory) == digest(tmp_path / "whole")
     code, said = command(tmp_path / "other", f"--resume={tmp_path}")
     assert (code, "manifest.json is missing" in said) == (4, True)
+
+
+def test_a_fork_goes_on_from_another_run_s_checkpoint_however_often_it_is_stopped(
+    stopped: Callable[..., Path], command: Command, tmp_path: Path
+) -> None:
+    source = stopped(4)
+    checkpoint = source / "checkpoints" / Checkpoints(source / "checkpoints", 2).names()[-1]
+    changed = {"training.learning_rate": 0.02}
+    flags = (f"--resume={checkpoint}", "--resume_override=training.learning_rate")
+    assert command(tmp_path / "whole", *flags, **changed)[0] == 0
+    fork = stopped(5, "fork", *flags, **changed)
+    shutil.rmtree(fork / "checkpoints" / "step_00000005_training")  # as if it had been killed before
+    code, said = command(fork, *flags, **changed)
+    assert code == 0, said
+    assert digest(fork) == digest(tmp_path / "whole")
+    assert command(source)[0] == 0
+    assert digest(fork) != digest(source)
+    code, said = command(fork, *flags, **changed)
+    assert (code, "is finished; its summary" in said) == (0, True)
+    shutil.rmtree(fork / "checkpoints")
+    (fork / "config.yaml").unlink()
+    (fork / "status.json").unlink()
+    code, said = command(fork, "--resume_override=training.learning_rate", **changed)
+    assert (code, f"was cut short: give --resume {checkpoint} again" in said) == (4, True)
+    assert command(fork, *flags, **changed)[0] == 0
+    assert digest(fork) == digest(tmp_path / "whole")
 
 
 def test_a_run_without_a_checkpoint_begins_anew_and_says_so(
@@ -287,7 +317,7 @@ def test_no_truncated_or_flipped_file_is_ever_gone_on_from(kept: Path, data: st.
     assert not isinstance(invocation, str)
     original = Checkpoints(kept / "run" / "checkpoints", 2)
     try:
-        chosen, lines = resuming.find(copy, invocation.config, "auto", (), resume_data(kept))
+        chosen, lines = resuming.find(copy, invocation.config, "auto", (), data_of(kept), Plan(6, 2))
     except CheckpointError as error:
         chosen, lines = None, [str(error)]
     if chosen is None:
@@ -307,7 +337,7 @@ def test_no_truncated_or_flipped_file_is_ever_gone_on_from(kept: Path, data: st.
             ).read_bytes()
 
 
-def resume_data(kept: Path) -> dict[str, str]:
+def data_of(kept: Path) -> dict[str, str]:
     newest, _ = Checkpoints(kept / "run" / "checkpoints", 2).newest(lambda checkpoint: None)
     assert newest is not None
     return newest.state["data_sha256"]
@@ -335,6 +365,52 @@ def test_rolled_back_to_an_expert_the_run_goes_on_to_the_same_bits(
     assert rollback([str(tmp_path), "--expert=1"]) == 2
 
 
+def test_a_rollback_trusts_nothing_that_is_damaged(
+    command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory = tmp_path / "run"
+    changed = {"training.epochs": 4, "training.checkpoint_steps": 6}
+    assert command(directory, **changed)[0] == 0
+    before = digest(directory)
+    ledger = directory / "ledger" / "ledger.json"
+    whole = ledger.read_text()
+    ledger.write_text(whole.replace('"noise_intensity": 1.0', '"noise_intensity": 2.0'))
+    assert rollback([str(directory), "--expert=2"]) == 4
+    assert "ledger.json is not what was written (sha256 differs)" in capsys.readouterr().err
+    ledger.write_text(whole)
+    flip(directory / "checkpoints" / "step_00000006_merged" / "state.json", 100)
+    assert rollback([str(directory), "--expert=2"]) == 0  # the ledger has what the damaged checkpoint had
+    assert command(directory, **changed)[0] == 0
+    assert digest(directory) == before
+    assert rollback([str(directory), "--expert=-1"]) == 2
+
+
+def test_refused_means_untouched(command: Command, tmp_path: Path) -> None:
+    directory = tmp_path / "run"
+    assert command(directory)[0] == 0
+    files = {path: path.read_bytes() for path in directory.rglob("*") if path.is_file() and path.name != ".owner"}
+    oldest = directory / "checkpoints" / Checkpoints(directory / "checkpoints", 2).names()[0]
+    code, said = command(directory, f"--resume={oldest}", "--resume_override=training.epochs", **{"training.epochs": 1})
+    assert (code, "no expert that has begun ends elsewhere" in said) == (2, True)
+    after = {path: path.read_bytes() for path in directory.rglob("*") if path.is_file() and path.name != ".owner"}
+    assert after == files
+
+
+def test_what_cannot_go_on_is_not_wiped(command: Command, tmp_path: Path) -> None:
+    directory = tmp_path / "run"
+    assert command(directory, **{"training.checkpoint_steps": "null"})[0] == 0
+    (directory / "status.json").unlink()
+    code, said = command(directory, **{"training.checkpoint_steps": "null"})
+    assert (code, "holds all 2 experts of the run but no checkpoint" in said) == (4, True)
+    assert json.loads((directory / "status.json").read_text())["exit_code"] == 4
+    (directory / "ledger" / "expert_0002.safetensors").unlink()
+    ledger = json.loads((directory / "ledger" / "ledger.json").read_text())
+    ledger["experts"].pop()
+    (directory / "ledger" / "ledger.json").write_text(json.dumps(ledger))
+    assert command(directory, **{"training.checkpoint_steps": "null"})[0] == 0
+    assert (directory / "discarded" / "ledger-001" / "expert_0001.safetensors").exists()
+
+
 @pytest.mark.parametrize("changed", [{"adapter.method": "dora"}, {"cascade.strategy": "relora"}])
 def test_moments_that_go_on_are_not_made_up_by_a_rollback(
     changed: dict[str, Any], command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -351,17 +427,48 @@ def test_moments_that_go_on_are_not_made_up_by_a_rollback(
 
 
 def test_a_compacted_ledger_goes_on_to_the_same_bits(
-    stopped: Callable[..., Path], command: Command, tmp_path: Path
+    stopped: Callable[..., Path], command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    changed = {"training.epochs": 5, "cascade.compact_ledger_above": 1e-7, "model.dtype": "bfloat16"}
-    whole = {"training.epochs": 5, "model.dtype": "bfloat16"}
-    assert command(tmp_path / "whole", **whole)[0] == 0
+    changed = {"training.epochs": 5, "model.dtype": "bfloat16"}
+    assert command(tmp_path / "whole", **changed)[0] == 0
     directory = stopped(13, **changed)
-    ledger = json.loads((directory / "ledger" / "ledger.json").read_text())
-    assert ledger["snapshot"]["experts"] == 4  # what the older of two checkpoints needs
+    assert compact([str(directory)]) == 0
+    assert "left as they are" in capsys.readouterr().out  # less than 16 GiB
+    assert compact([str(directory), "--above=0"]) == 0
+    assert "experts 1 to 4 are one snapshot" in capsys.readouterr().out  # what the older of two checkpoints needs
     assert not (directory / "ledger" / "expert_0001.safetensors").exists()
-    assert command(directory, **changed)[0] == 0
+    code, said = command(directory, **changed)
+    assert code == 0, said
     assert digest(directory) == digest(tmp_path / "whole")
+    assert rollback([str(directory), "--expert=2"]) == 4
+    assert "experts 1 to 4 were compacted into one snapshot" in capsys.readouterr().err
+
+
+def test_compacting_leaves_what_best_dev_would_ship(
+    stopped: Callable[..., Path],
+    command: Command,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The best weights are some inside expert 5, so the first four are compacted, though a checkpoint needs five."""
+    consider = Selection.consider
+
+    def step_9(self: Selection, step: int, *rest: Any) -> None:
+        if step == 9:
+            consider(self, step, *rest)
+
+    monkeypatch.setattr(Selection, "consider", step_9)
+    changed = {"training.epochs": 4, "training.select": "best_dev", "cascade.experts": 6}
+    assert command(tmp_path / "whole", **changed)[0] == 0
+    directory = stopped(11, **changed)
+    assert compact([str(directory), "--above=0"]) == 0
+    assert "experts 1 to 4 are one snapshot" in capsys.readouterr().out
+    assert command(directory, **changed)[0] == 0
+    shipped = [json.loads((d / "summary.json").read_text())["shipped"] for d in (tmp_path / "whole", directory)]
+    assert shipped[0] == shipped[1]
+    assert shipped[0]["step"] == 9
+    assert shipped[0]["weights_sha256"] != digest(directory)
 
 
 def test_a_planted_pickle_is_never_executed(stopped: Callable[..., Path], command: Command, tmp_path: Path) -> None:

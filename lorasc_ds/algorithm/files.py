@@ -45,7 +45,12 @@ def current_umask() -> int:
 
 def sync_directory(directory: Path) -> None:
     """Make renames inside `directory` durable."""
-    descriptor = os.open(directory, os.O_RDONLY)
+    sync(directory)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or a folder's list of files, is on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

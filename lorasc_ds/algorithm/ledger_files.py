@@ -154,22 +154,17 @@ class LedgerFiles:
         return records
 
     @classmethod
-    def load(cls, directory: Path, experts: int | None = None) -> Self:
-        """Read `ledger.json` and check every file that must be there against its sha256.
-
-        Args:
-            experts: the first so many alone; later ones may be damaged.
+    def read(cls, directory: Path) -> Self:
+        """Read `ledger.json` alone; the files that it lists may be damaged.
 
         Raises:
-            LedgerError: a file is missing or damaged, or the format is another one; or there are fewer experts, or the
-                state after so many was compacted away.
+            LedgerError: it is missing or damaged, or the format is another one.
         """
         path = directory / "ledger.json"
         try:
             content = json.loads(path.read_text())
             if content["format"] != FORMAT:
                 raise LedgerError(f"{path} has format {content['format']}, this version reads {FORMAT}")
-            listed = [ExpertRecord(**record | {"steps": tuple(record["steps"])}) for record in content["experts"]]
             ledger = cls(
                 directory=directory,
                 strategy=content["strategy"],
@@ -180,15 +175,30 @@ class LedgerFiles:
                 noise_intensity=content["noise_intensity"],
                 weights=tuple(content["weights"]),
                 noised=tuple(content.get("noised", ())),
-                experts=listed,
+                experts=[ExpertRecord(**record | {"steps": tuple(record["steps"])}) for record in content["experts"]],
                 snapshot=Snapshot(**content["snapshot"]) if "snapshot" in content else None,
             )
         except LedgerError:
             raise
         except (OSError, KeyError, TypeError, ValueError) as error:
             raise LedgerError(f"{path} cannot be read as a ledger: {error!r}") from error
-        if not 0 <= ledger.compacted <= len(listed):
-            raise LedgerError(f"{path} lists {len(listed)} experts and a snapshot of {ledger.compacted}")
+        named = ledger.snapshot is None or ledger.snapshot.file == f"snapshot_{ledger.compacted:04d}.safetensors"
+        if not named or not 0 <= ledger.compacted <= len(ledger.experts):
+            raise LedgerError(f"{path} lists {len(ledger.experts)} experts and as a snapshot {ledger.snapshot}")
+        return ledger
+
+    @classmethod
+    def load(cls, directory: Path, experts: int | None = None) -> Self:
+        """Read `ledger.json` and check every file that must be there against its sha256.
+
+        Args:
+            experts: the first so many alone; later ones may be damaged.
+
+        Raises:
+            LedgerError: as for `read`; or a file is missing or damaged, there are fewer experts, or the state after so
+                many was compacted away.
+        """
+        ledger = cls.read(directory)
         ledger.experts = ledger.still_known(experts)
         for name, sha256 in ledger.files().items():
             file = directory / name

@@ -27,6 +27,8 @@ class Engine(Protocol):
     """Takes optimizer steps."""
 
     name: str
+    zero_stage: int | None
+    """None without DeepSpeed."""
     model: nn.Module
     """Every forward pass goes through it, those of an evaluation too."""
 

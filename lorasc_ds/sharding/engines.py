@@ -22,6 +22,7 @@ class TorchEngine:
         self.optimizer = optimizer
         self.processes = processes
         self.name = "ddp" if isinstance(model, DistributedDataParallel) else "plain"
+        self.zero_stage: int | None = None
 
     def micro_step(self, last: bool) -> AbstractContextManager[None]:
         return self.model.no_sync() if isinstance(self.model, DistributedDataParallel) and not last else nullcontext()
@@ -49,7 +50,8 @@ class DeepSpeedEngine:
     def __init__(self, engine: Any, processes: Processes) -> None:
         self.model = engine
         self.processes = processes
-        self.name = f"zero{engine.zero_optimization_stage()}"
+        self.zero_stage = engine.zero_optimization_stage()
+        self.name = f"zero{self.zero_stage}"
 
     @contextmanager
     def micro_step(self, last: bool) -> Iterator[None]:

@@ -112,8 +112,15 @@ def begin_(optimizer: Any) -> None:
             state["step"] = torch.zeros((), device=unit.key.device if on_device else "cpu")
             state["exp_avg"] = torch.zeros_like(unit.key)
             state["exp_avg_sq"] = torch.zeros_like(unit.key)
-    if hasattr(optimizer, "_lazy_init_hp_params_optimizer_state"):  # ZeRO-1 and 2 link it to the parameters
-        optimizer._lazy_init_hp_params_optimizer_state()
+
+
+def link_(optimizer: Any) -> None:
+    """Let `safe_get_full_optimizer_state` and its like reach the state of every group under ZeRO-1 and 2.
+
+    DeepSpeed 0.19 links state to parameters once, after the step of the first group, when other groups have none.
+    """
+    optimizer._hp_optimizer_states_linked = False
+    optimizer._lazy_init_hp_params_optimizer_state()
 
 
 def step_counts(optimizer: Any, parameters: Sequence[nn.Parameter]) -> list[int]:

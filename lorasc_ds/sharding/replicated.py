@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from lorasc_ds.sharding.backend import Slice
-from lorasc_ds.sharding.optimizer_state import OptimizerVerbs, moment_names
+from lorasc_ds.sharding.optimizer_state import OptimizerVerbs, link_, moment_names
 
 # Integers of each size, to read a weight's bits.
-INTEGERS = {2: torch.int16, 4: torch.int32}
+INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def bit_sum(weight: Tensor) -> Tensor:
@@ -89,11 +89,13 @@ class ZeroBackend(ReplicatedBackend):
     def moments(self, parameter: nn.Parameter) -> dict[str, Tensor]:
         from deepspeed.utils import safe_get_full_optimizer_state
 
+        link_(self.optimizer)
         names = moment_names(self.optimizer)
         return {name: cast(Tensor, safe_get_full_optimizer_state(parameter, name)) for name in names}
 
     def write_moments(self, parameter: nn.Parameter, moments: Mapping[str, Tensor]) -> None:
         from deepspeed.utils import safe_set_full_optimizer_state
 
+        link_(self.optimizer)
         for name, value in moments.items():
             safe_set_full_optimizer_state(parameter, value, name)

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lorasc_ds.checkpoint import Checkpoint, Checkpoints
-from lorasc_ds.errors import CheckpointError, ConfigError, PreemptedError
+from lorasc_ds.errors import CheckpointError, ConfigError, PeerError, PreemptedError
 from lorasc_ds.progress import Progress
 from lorasc_ds.tracking import Tracker
 from lorasc_ds.trainer import Trainer
@@ -83,6 +83,8 @@ class SafePoints:
         self.failures += 1
         message = f"the checkpoint after step {progress.step} could not be written: {problem}"
         if self.failures > self.training.save_failures_allowed:
+            if not self.trainer.processes.main:
+                raise PeerError(message, CheckpointError.exit_code, told=True)
             raise CheckpointError(f"{message}; free some space and run the same command again")
         self.tracker.warn(message)
 

@@ -54,7 +54,7 @@ def failing_together(rank: int, world_size: int, on_failure: Callable[[str, int]
     watcher.start()
     try:
         yield
-    except PreemptedError:  # no failure, and all raise it together
+    except (PreemptedError, PeerError):  # all raise them together, or know already
         raise
     except BaseException as error:
         message, code = f"rank {rank}: {describe(error)}", error.exit_code if isinstance(error, RunError) else 1

@@ -124,8 +124,8 @@ def run(invocation: Invocation, stopping: Stopping) -> None:
         checkpoint = choose(invocation, preparation, launch, processes)
         try:
             with (
-                explaining_full_disk(invocation.output_dir),
                 tracker_of(invocation.output_dir, preparation, checkpoint, main) as tracker,
+                explaining_full_disk(invocation.output_dir),
             ):
                 summary = carry_out(invocation, launch, preparation, accelerator, stopping, tracker, checkpoint)
         except PreemptedError:

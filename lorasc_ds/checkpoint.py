@@ -19,7 +19,7 @@ from typing import Any
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from lorasc_ds.algorithm.files import sha256_of_file, sync_directory, write_atomically
+from lorasc_ds.algorithm.files import sha256_of_file, sync_directory
 from lorasc_ds.errors import CheckpointError
 
 FORMAT = 1
@@ -82,12 +82,13 @@ class Checkpoints:
         try:
             temporary.mkdir()
             for file, data in files.items():
-                write_atomically(temporary / file, data)
+                write_durably(temporary / file, data)
             digests = {
                 file: {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()} for file, data in files.items()
             }
             manifest = {"format": FORMAT, "files": digests}
-            write_atomically(temporary / MANIFEST, json.dumps(manifest, indent=1).encode())
+            write_durably(temporary / MANIFEST, json.dumps(manifest, indent=1).encode())
+            sync_directory(temporary)
             if path.exists():  # damaged, or it would have stayed
                 shutil.rmtree(path)
             os.rename(temporary, path)
@@ -136,6 +137,14 @@ class Checkpoints:
                     return checkpoint, passed
             passed.append(f"checkpoint {name} is not used: {problem}")
         return None, passed
+
+
+def write_durably(path: Path, data: bytes) -> None:
+    """Write a file of a folder that nobody looks into yet."""
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def problem_of(path: Path, digests: bool = True) -> str | None:

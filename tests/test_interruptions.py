@@ -36,8 +36,8 @@ SAVE = "checkpoints/.tmp-step_00000003_training"
 KILLED = [
     "fsync .tmp-config.yaml#1:before",
     "step#1:before",
-    f"fsync {SAVE}/.tmp-state.json#1:before",
-    f"replace {SAVE}/manifest.json#1:before",
+    f"fsync {SAVE}/state.json#1:before",
+    f"fsync {SAVE}/manifest.json#1:before",
     "rename checkpoints/step_00000003_training#1:before",
     "rename checkpoints/step_00000003_training#1:after",
     "remove checkpoints/step_00000003_training#1:before",  # the rotation
@@ -49,7 +49,7 @@ KILLED = [
 ]
 STOPPED = ["load#1:after", "merge#4:after", "evaluate#8:before", "rename checkpoints/step_00000003_training#1:before"]
 TWICE = "step#5:before"
-FULL = [f"fsync {SAVE}/.tmp-tensors.safetensors#1:before"]
+FULL = [f"fsync {SAVE}/tensors.safetensors#1:before"]
 
 
 def carry_out(cases: list[dict[str, Any]], folder: Path, seconds: float) -> list[dict[str, Any]]:

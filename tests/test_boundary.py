@@ -16,6 +16,7 @@ from conftest import CASCADE, RECIPE, Start, base_weights
 
 from lorasc_ds import cascade as cascade_module
 from lorasc_ds import live_weights
+from lorasc_ds import trainer as trainer_module
 from lorasc_ds.algorithm.ledger import Ledger, digest
 from lorasc_ds.cli import parse_command_line
 from lorasc_ds.errors import DivergedError
@@ -168,8 +169,10 @@ def test_nothing_grows_over_ten_boundaries(tmp_path: Path) -> None:
     assert sizes[1:] == [sizes[1]] * 11
 
 
-@pytest.mark.parametrize("what", ["loss", "gradient"])
-def test_a_number_that_is_not_finite_keeps_the_step_from_being_taken(tmp_path: Path, what: str) -> None:
+@pytest.mark.parametrize("what", ["loss", "loss alone", "gradient"])
+def test_a_number_that_is_not_finite_keeps_the_step_from_being_taken(
+    tmp_path: Path, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     trainer = make_trainer(tmp_path)
     expert = trainer.preparation.plan.expert(1)
     trainer.cascade.open_expert(expert)
@@ -181,6 +184,10 @@ def test_a_number_that_is_not_finite_keeps_the_step_from_being_taken(tmp_path: P
             output.logits = output.logits * torch.nan
 
         hook = trainer.module.register_forward_hook(spoil)
+    elif what == "loss alone":  # its gradient is finite
+        summed_loss = trainer_module.summed_loss
+        monkeypatch.setattr(trainer_module, "summed_loss", lambda *arguments: summed_loss(*arguments) + torch.inf)
+        hook = trainer.weights[0].B.register_hook(lambda gradient: None)
     else:
         hook = trainer.weights[0].B.register_hook(lambda gradient: gradient * torch.inf)
     ids = trainer.preparation.data.step(1).ids

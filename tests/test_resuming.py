@@ -164,6 +164,26 @@ def test_an_override_is_really_applied(stopped: Callable[..., Path], command: Co
     assert "only cascade.rewarmup_steps, training.epochs" in said
 
 
+def test_what_was_later_than_the_checkpoint_is_gone(
+    stopped: Callable[..., Path], command: Command, tmp_path: Path
+) -> None:
+    """A run goes on from an older checkpoint with another rate, and is stopped where there was a newer one before."""
+    changed = {"training.learning_rate": 0.02}
+    override = "--resume_override=training.learning_rate"
+    directory = stopped(5)
+    oldest = directory / "checkpoints" / Checkpoints(directory / "checkpoints", 2).names()[0]
+    shutil.copytree(directory, tmp_path / "copy")
+    assert (
+        command(tmp_path / "copy", f"--resume={tmp_path / 'copy' / 'checkpoints' / oldest.name}", override, **changed)[
+            0
+        ]
+        == 0
+    )
+    stopped(5, "run", f"--resume={oldest}", override, **changed)
+    assert command(directory, override, **changed)[0] == 0
+    assert digest(directory) == digest(tmp_path / "copy")
+
+
 def test_a_finished_run_goes_on_for_more_epochs_and_is_the_longer_run(command: Command, tmp_path: Path) -> None:
     assert command(tmp_path / "longer", **{"training.epochs": 3})[0] == 0
     assert command(tmp_path / "run")[0] == 0

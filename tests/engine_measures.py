@@ -192,10 +192,11 @@ def not_finite_on_one_rank(trainer: Trainer) -> dict[str, Any]:
         if hook is not None:
             hook.remove()
     moved = max(float((whole(other.B) - old).abs().max()) for other, old in zip(trainer.weights, before, strict=True))
-    pairs = trainer.live.pairs()
+    pairs, magnitudes = trainer.live.pairs(), trainer.live.magnitudes()
     steps = []
     for _ in range(2):
         trainer.live.write_pairs(pairs)
+        trainer.live.write_magnitudes(magnitudes)
         trainer.backend.empty_optimizer(trainer.live.pair_parameters)
         trainer.training_step(0, LEARNING_RATE)
         steps.append([whole(other.B) for other in trainer.weights])

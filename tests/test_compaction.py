@@ -140,8 +140,12 @@ def test_a_damaged_file_of_a_compacted_ledger_is_named(tmp_path: Path, file: str
 def test_a_snapshot_of_more_experts_than_there_are_is_refused(tmp_path: Path) -> None:
     write_ledger(tmp_path / "ledger").compact(base_weights().__getitem__, 2)
     path = tmp_path / "ledger" / "ledger.json"
-    path.write_text(path.read_text().replace('"experts": 2', '"experts": 4'))
-    with pytest.raises(LedgerError, match="lists 3 experts and a snapshot of 4"):
+    whole = path.read_text()
+    path.write_text(whole.replace('"experts": 2', '"experts": 4').replace("snapshot_0002", "snapshot_0004"))
+    with pytest.raises(LedgerError, match=r"lists 3 experts and as a snapshot Snapshot\(experts=4"):
+        Ledger.load(tmp_path / "ledger")
+    path.write_text(whole.replace('"experts": 2', '"experts": 3'))  # a flipped bit
+    with pytest.raises(LedgerError, match=r"lists 3 experts and as a snapshot Snapshot\(experts=3"):
         Ledger.load(tmp_path / "ledger")
 
 

@@ -61,7 +61,8 @@ def test_it_ends_well_and_says_what_to_do_next(launched: Launched) -> None:
 def test_the_run_directory_is_whole(launched: Launched) -> None:
     _, directory = launched
     assert {path.name for path in directory.iterdir()} == {
-        "config.yaml", "environment.json", "ledger", "metrics.jsonl", "model", "status.json", "summary.json", "tensorboard"
+        ".lock", ".owner", "checkpoints", "config.yaml", "environment.json", "ledger", "metrics.jsonl", "model",
+        "status.json", "summary.json", "tensorboard",
     }  # fmt: skip
     config = directory / "config.yaml"
     assert config.read_text().startswith("# lorasc_ds ")
@@ -76,7 +77,13 @@ def test_the_run_directory_is_whole(launched: Launched) -> None:
     assert summary.keys() >= {
         "strategy", "adapter", "engine", "world_size", "experts", "steps", "global_batch", "eval", "timing", "weights_sha256"
     }  # fmt: skip
-    assert summary["timing"].keys() == {"train_seconds", "boundary_seconds", "tokens_per_second", "peak_memory_bytes"}
+    assert summary["timing"].keys() == {
+        "train_seconds",
+        "boundary_seconds",
+        "checkpoint_seconds",
+        "tokens_per_second",
+        "peak_memory_bytes",
+    }
     assert len(summary["timing"]["boundary_seconds"]) == 3
     assert summary["eval"].keys() == {"dev", "new_domain", "new_domain_blurred", "new_domain_noisy", "old_domain"}
     records = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]

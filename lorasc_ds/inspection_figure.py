@@ -56,8 +56,9 @@ def draw(rows: Sequence[Row], title: str) -> bytes:
     for axis in axes.flat:
         axis.grid(color="0.9", lw=0.6)
         axis.spines[["top", "right"]].set_visible(False)
-        # Ranks leave room between the bound and the others; elsewhere the best place is found.
-        axis.legend(framealpha=0.85, edgecolor="none", loc="center right" if axis is axes[0, 1] else "best")
+        # Ranks leave room under their bound; elsewhere the best place is found.
+        place = {"loc": "upper right", "bbox_to_anchor": (1, 0.9)} if axis is axes[0, 1] else {"loc": "best"}
+        axis.legend(framealpha=0.85, edgecolor="none", **place)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=150)
     return buffer.getvalue()

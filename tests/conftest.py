@@ -25,6 +25,7 @@ from lorasc_ds.cascade import Boundaries
 from lorasc_ds.cli import parse_command_line
 from lorasc_ds.quickstart.make_base import make_tokenizer
 from lorasc_ds.stopping import Stopping
+from lorasc_ds.trainer import Trainer
 
 ROOT = Path(__file__).parents[1]
 RECIPE = ROOT / "launch" / "recipes" / "quickstart.yaml"
@@ -123,3 +124,60 @@ Start = Callable[..., Run]
 def base_weights(folder: Path, names: list[str], dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
     tensors = load_file(folder / "model.safetensors")
     return {name: tensors[name].to(dtype) for name in names}
+
+
+RESUMED = {
+    "training.epochs": 2,
+    "training.checkpoint_steps": 2,
+    "task.train_examples": 12,
+    "task.dev_examples": 6,
+    "task.test_examples": 2,
+    "cascade.noise_intensity": 1,
+    "tracking.tensorboard": "false",
+}
+Command = Callable[..., tuple[int, str]]
+
+
+@pytest.fixture
+def command(capsys: pytest.CaptureFixture[str]) -> Command:
+    """Runs the command in this process; its exit code and what it said on both streams."""
+
+    def start(directory: Path, *flags: str, **changed: Any) -> tuple[int, str]:
+        overrides = [f"--{key}={value}" for key, value in (RESUMED | changed).items()]
+        code = train_module.main([f"--output_dir={directory}", *overrides, *flags], RECIPE)
+        printed = capsys.readouterr()
+        return code, printed.out + printed.err
+
+    return start
+
+
+@pytest.fixture
+def stopped(command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Path]:
+    """A run that was asked to stop after so many steps."""
+
+    def start(steps: int = 4, name: str = "run", *flags: str, **changed: Any) -> Path:
+        training_step = Trainer.training_step
+
+        def step_and_stop(self: Trainer, step: int, learning_rate: float) -> Any:
+            if step + 1 == steps:
+                self.stopping.found = "the test"
+            return training_step(self, step, learning_rate)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Trainer, "training_step", step_and_stop)
+            code, said = command(tmp_path / name, *flags, **changed)
+        assert code == 75
+        assert f"asked to stop: the test; left after step {steps}, the same command goes on from there" in said
+        return tmp_path / name
+
+    return start
+
+
+def digest_of_run(directory: Path) -> str:
+    return json.loads((directory / "summary.json").read_text())["weights_sha256"]
+
+
+def flip(file: Path, position: int) -> None:
+    data = bytearray(file.read_bytes())
+    data[position % len(data)] ^= 1 << (position % 8)
+    file.write_bytes(bytes(data))

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import RECIPE
+from conftest import RECIPE, RESUMED, Command, digest_of_run, flip
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -20,62 +20,8 @@ from lorasc_ds import resuming
 from lorasc_ds.algorithm.plan import Plan
 from lorasc_ds.checkpoint import Checkpoints
 from lorasc_ds.cli import parse_command_line
-from lorasc_ds.compaction import main as compact
 from lorasc_ds.errors import CheckpointError
-from lorasc_ds.rollback import main as rollback
-from lorasc_ds.selection import Selection
 from lorasc_ds.train import main
-from lorasc_ds.trainer import Trainer
-
-SETTINGS = {
-    "training.epochs": 2,
-    "training.checkpoint_steps": 2,
-    "task.train_examples": 12,
-    "task.dev_examples": 6,
-    "task.test_examples": 2,
-    "cascade.noise_intensity": 1,
-    "tracking.tensorboard": "false",
-}
-Command = Callable[..., tuple[int, str]]
-
-
-@pytest.fixture
-def command(capsys: pytest.CaptureFixture[str]) -> Command:
-    """Runs the command in this process; its exit code and what it said on both streams."""
-
-    def start(directory: Path, *flags: str, **changed: Any) -> tuple[int, str]:
-        overrides = [f"--{key}={value}" for key, value in (SETTINGS | changed).items()]
-        code = main([f"--output_dir={directory}", *overrides, *flags], RECIPE)
-        printed = capsys.readouterr()
-        return code, printed.out + printed.err
-
-    return start
-
-
-@pytest.fixture
-def stopped(command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Path]:
-    """A run that was asked to stop after so many steps."""
-
-    def start(steps: int = 4, name: str = "run", *flags: str, **changed: Any) -> Path:
-        training_step = Trainer.training_step
-
-        def step_and_stop(self: Trainer, step: int, learning_rate: float) -> Any:
-            if step + 1 == steps:
-                self.stopping.found = "the test"
-            return training_step(self, step, learning_rate)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(Trainer, "training_step", step_and_stop)
-            code, said = command(tmp_path / name, *flags, **changed)
-        assert code == 75
-        assert f"asked to stop: the test; left after step {steps}, the same command goes on from there" in said
-        return tmp_path / name
-
-    return start
-
-
-def digest(directory: Path) -> str:
-    return json.loads((directory / "summary.json").read_text())["weights_sha256"]
 
 
 @pytest.mark.parametrize(
@@ -114,7 +60,7 @@ def test_moments_and_counts_go_on_and_without_them_the_bits_differ(
         with monkeypatch.context() as patch:
             patch.setattr(f"lorasc_ds.sharding.replicated.ReplicatedBackend.{method}", lambda *_: None)
             assert command(directory)[0] == 0
-        assert digest(directory) != digest(tmp_path / "whole"), method
+        assert digest_of_run(directory) != digest_of_run(tmp_path / "whole"), method
 
 
 @pytest.mark.parametrize(
@@ -158,7 +104,7 @@ def test_an_override_is_really_applied(stopped: Callable[..., Path], command: Co
     }
     assert rates == {3: pytest.approx(0.01 / 3), 6: pytest.approx(0.02 / 3)}
     assert command(tmp_path / "whole")[0] == 0
-    assert digest(directory) != digest(tmp_path / "whole")
+    assert digest_of_run(directory) != digest_of_run(tmp_path / "whole")
     code, said = command(directory, "--resume_override=adapter.rank")
     assert code == 2
     assert "only cascade.rewarmup_steps, training.epochs" in said
@@ -181,7 +127,7 @@ def test_what_was_later_than_the_checkpoint_is_gone(
     )
     stopped(5, "run", f"--resume={oldest}", override, **changed)
     assert command(directory, override, **changed)[0] == 0
-    assert digest(directory) == digest(tmp_path / "copy")
+    assert digest_of_run(directory) == digest_of_run(tmp_path / "copy")
 
 
 def test_a_finished_run_goes_on_for_more_epochs_and_is_the_longer_run(command: Command, tmp_path: Path) -> None:
@@ -190,7 +136,7 @@ def test_a_finished_run_goes_on_for_more_epochs_and_is_the_longer_run(command: C
     code, said = command(tmp_path / "run", "--resume_override=training.epochs", **{"training.epochs": 3})
     assert code == 0, said
     assert "changed: training.epochs 2.0 -> 3.0" in said
-    assert digest(tmp_path / "run") == digest(tmp_path / "longer")
+    assert digest_of_run(tmp_path / "run") == digest_of_run(tmp_path / "longer")
     saved = [load_file(tmp_path / name / "model" / "model.safetensors") for name in ("run", "longer")]
     assert all(torch.equal(saved[0][key], saved[1][key]) for key in saved[1])
     code, said = command(tmp_path / "run", "--resume_override=training.epochs", **{"training.epochs": 2.5})
@@ -241,7 +187,7 @@ def test_must_never_and_path(stopped: Callable[..., Path], command: Command, tmp
     code, said = command(tmp_path / "whole", f"--resume={oldest}")
     assert (code, "is a checkpoint of another run" in said) == (2, True)
     assert command(directory, f"--resume={oldest}")[0] == 0
-    assert digest(directory) == digest(tmp_path / "whole")
+    assert digest_of_run(directory) == digest_of_run(tmp_path / "whole")
     code, said = command(tmp_path / "other", f"--resume={tmp_path}")
     assert (code, "manifest.json is missing" in said) == (4, True)
 
@@ -258,9 +204,9 @@ def test_a_fork_goes_on_from_another_run_s_checkpoint_however_often_it_is_stoppe
     shutil.rmtree(fork / "checkpoints" / "step_00000005_training")  # as if it had been killed before
     code, said = command(fork, *flags, **changed)
     assert code == 0, said
-    assert digest(fork) == digest(tmp_path / "whole")
+    assert digest_of_run(fork) == digest_of_run(tmp_path / "whole")
     assert command(source)[0] == 0
-    assert digest(fork) != digest(source)
+    assert digest_of_run(fork) != digest_of_run(source)
     code, said = command(fork, *flags, **changed)
     assert (code, "is finished; its summary" in said) == (0, True)
     shutil.rmtree(fork / "checkpoints")
@@ -269,7 +215,7 @@ def test_a_fork_goes_on_from_another_run_s_checkpoint_however_often_it_is_stoppe
     code, said = command(fork, "--resume_override=training.learning_rate", **changed)
     assert (code, f"was cut short: give --resume {checkpoint} again" in said) == (4, True)
     assert command(fork, *flags, **changed)[0] == 0
-    assert digest(fork) == digest(tmp_path / "whole")
+    assert digest_of_run(fork) == digest_of_run(tmp_path / "whole")
 
 
 def test_a_run_without_a_checkpoint_begins_anew_and_says_so(
@@ -283,7 +229,7 @@ def test_a_run_without_a_checkpoint_begins_anew_and_says_so(
     assert code == 0
     assert "holds a run that ended before its first checkpoint: it begins anew" in said
     assert command(tmp_path / "whole")[0] == 0
-    assert digest(directory) == digest(tmp_path / "whole")
+    assert digest_of_run(directory) == digest_of_run(tmp_path / "whole")
     events = [json.loads(line)["event"] for line in (directory / "metrics.jsonl").read_text().splitlines()]
     assert events.count("eval") == 3
 
@@ -299,20 +245,14 @@ def test_a_damaged_checkpoint_is_passed_over_by_name(
     assert f"checkpoint {newest.name} is not used: {newest / 'tensors.safetensors'} is not what was written" in said
     assert "resuming  after step 4" in said
     assert command(tmp_path / "whole")[0] == 0
-    assert digest(directory) == digest(tmp_path / "whole")
-
-
-def flip(file: Path, position: int) -> None:
-    data = bytearray(file.read_bytes())
-    data[position % len(data)] ^= 1 << (position % 8)
-    file.write_bytes(bytes(data))
+    assert digest_of_run(directory) == digest_of_run(tmp_path / "whole")
 
 
 @pytest.fixture(scope="module")
 def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run, and one that looks unfinished."""
     folder = tmp_path_factory.mktemp("kept")
-    overrides = [f"--{key}={value}" for key, value in SETTINGS.items()]
+    overrides = [f"--{key}={value}" for key, value in RESUMED.items()]
     assert main([f"--output_dir={folder / 'run'}", *overrides, "--training.save_model=false"], RECIPE) == 0
     (folder / "run" / "status.json").write_text(json.dumps({"state": "running"}))
     return folder
@@ -332,7 +272,7 @@ def test_no_truncated_or_flipped_file_is_ever_gone_on_from(kept: Path, data: st.
         os.truncate(file, data.draw(st.integers(0, size - 1)))
     else:
         flip(file, data.draw(st.integers(0, size - 1)))
-    overrides = [f"--{key}={value}" for key, value in SETTINGS.items()]
+    overrides = [f"--{key}={value}" for key, value in RESUMED.items()]
     invocation = parse_command_line([f"--output_dir={copy}", *overrides, "--training.save_model=false"], RECIPE)
     assert not isinstance(invocation, str)
     original = Checkpoints(kept / "run" / "checkpoints", 2)
@@ -363,48 +303,6 @@ def data_of(kept: Path) -> dict[str, str]:
     return newest.state["data_sha256"]
 
 
-def test_rolled_back_to_an_expert_the_run_goes_on_to_the_same_bits(
-    command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    directory = tmp_path / "run"
-    changed = {"training.epochs": 4, "training.checkpoint_steps": 5}
-    assert command(directory, **changed)[0] == 0
-    before = digest(directory)
-    assert rollback([str(directory), "--expert=2"]) == 0
-    assert "as it was after expert 2, step 6" in capsys.readouterr().out
-    assert sorted(path.name for path in (directory / "ledger").glob("*.safetensors")) == ["expert_0001.safetensors", "expert_0002.safetensors"]  # fmt: skip
-    kept = sorted(path.name for path in (directory / "ledger" / "discarded" / "001").iterdir())
-    assert kept == ["expert_0003.safetensors", "expert_0004.safetensors", "ledger.json"]
-    code, said = command(directory, **changed)
-    assert code == 0, said
-    assert "resuming  after step 6 (merged)" in said
-    assert digest(directory) == before
-    events = [json.loads(line)["event"] for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    assert (events.count("close"), events.count("eval")) == (4, 5)
-    assert rollback([str(directory), "--expert=9"]) == 4
-    assert rollback([str(tmp_path), "--expert=1"]) == 2
-
-
-def test_a_rollback_trusts_nothing_that_is_damaged(
-    command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    directory = tmp_path / "run"
-    changed = {"training.epochs": 4, "training.checkpoint_steps": 6}
-    assert command(directory, **changed)[0] == 0
-    before = digest(directory)
-    ledger = directory / "ledger" / "ledger.json"
-    whole = ledger.read_text()
-    ledger.write_text(whole.replace('"noise_intensity": 1.0', '"noise_intensity": 2.0'))
-    assert rollback([str(directory), "--expert=2"]) == 4
-    assert "ledger.json is not what was written (sha256 differs)" in capsys.readouterr().err
-    ledger.write_text(whole)
-    flip(directory / "checkpoints" / "step_00000006_merged" / "state.json", 100)
-    assert rollback([str(directory), "--expert=2"]) == 0  # the ledger has what the damaged checkpoint had
-    assert command(directory, **changed)[0] == 0
-    assert digest(directory) == before
-    assert rollback([str(directory), "--expert=-1"]) == 2
-
-
 def test_refused_means_untouched(command: Command, tmp_path: Path) -> None:
     directory = tmp_path / "run"
     assert command(directory)[0] == 0
@@ -429,66 +327,6 @@ def test_what_cannot_go_on_is_not_wiped(command: Command, tmp_path: Path) -> Non
     (directory / "ledger" / "ledger.json").write_text(json.dumps(ledger))
     assert command(directory, **{"training.checkpoint_steps": "null"})[0] == 0
     assert (directory / "discarded" / "ledger-001" / "expert_0001.safetensors").exists()
-
-
-@pytest.mark.parametrize("changed", [{"adapter.method": "dora"}, {"cascade.strategy": "relora"}])
-def test_moments_that_go_on_are_not_made_up_by_a_rollback(
-    changed: dict[str, Any], command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """With a checkpoint at the expert's end they are there; without, the rollback is refused."""
-    directory = tmp_path / "run"
-    assert command(directory, **changed, **{"training.checkpoint_steps": 3, "training.checkpoints_kept": 9})[0] == 0
-    before = json.loads((directory / "summary.json").read_text())["shipped_sha256"]
-    assert rollback([str(directory), "--expert=1"]) == 0
-    assert command(directory, **changed, **{"training.checkpoint_steps": 3, "training.checkpoints_kept": 1})[0] == 0
-    assert json.loads((directory / "summary.json").read_text())["shipped_sha256"] == before
-    assert rollback([str(directory), "--expert=1"]) == 2
-    assert "only a checkpoint at the end of one has them" in capsys.readouterr().err
-
-
-def test_a_compacted_ledger_goes_on_to_the_same_bits(
-    stopped: Callable[..., Path], command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    changed = {"training.epochs": 5, "model.dtype": "bfloat16"}
-    assert command(tmp_path / "whole", **changed)[0] == 0
-    directory = stopped(13, **changed)
-    assert compact([str(directory)]) == 0
-    assert "left as they are" in capsys.readouterr().out  # less than 16 GiB
-    assert compact([str(directory), "--above=0"]) == 0
-    assert "experts 1 to 4 are one snapshot" in capsys.readouterr().out  # what the older of two checkpoints needs
-    assert not (directory / "ledger" / "expert_0001.safetensors").exists()
-    code, said = command(directory, **changed)
-    assert code == 0, said
-    assert digest(directory) == digest(tmp_path / "whole")
-    assert rollback([str(directory), "--expert=2"]) == 4
-    assert "experts 1 to 4 were compacted into one snapshot" in capsys.readouterr().err
-
-
-def test_compacting_leaves_what_best_dev_would_ship(
-    stopped: Callable[..., Path],
-    command: Command,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    """The best weights are some inside expert 5, so the first four are compacted, though a checkpoint needs five."""
-    consider = Selection.consider
-
-    def step_9(self: Selection, step: int, *rest: Any) -> None:
-        if step == 9:
-            consider(self, step, *rest)
-
-    monkeypatch.setattr(Selection, "consider", step_9)
-    changed = {"training.epochs": 4, "training.select": "best_dev", "cascade.experts": 6}
-    assert command(tmp_path / "whole", **changed)[0] == 0
-    directory = stopped(11, **changed)
-    assert compact([str(directory), "--above=0"]) == 0
-    assert "experts 1 to 4 are one snapshot" in capsys.readouterr().out
-    assert command(directory, **changed)[0] == 0
-    shipped = [json.loads((d / "summary.json").read_text())["shipped"] for d in (tmp_path / "whole", directory)]
-    assert shipped[0] == shipped[1]
-    assert shipped[0]["step"] == 9
-    assert shipped[0]["weights_sha256"] != digest(directory)
 
 
 def test_a_planted_pickle_is_never_executed(stopped: Callable[..., Path], command: Command, tmp_path: Path) -> None:

@@ -90,7 +90,7 @@ def measured(model: nn.Module, preparation: Preparation, device: torch.device) -
         task,
         {"dev": for_the_loss_alone(dev, task)},
         batch_size=preparation.config.training.eval_batch_size,
-        pad_id=data.pad_id,
+        layout=data.layout,
         processes=Processes(0, 1, device),
     )
     return logits.cpu(), scores["dev"]["loss"]

@@ -6,10 +6,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import PurePath
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
+
+from lorasc_ds.task_config import DigitsConfig, Section, TrainableTask
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,10 +48,6 @@ STRATEGIES = {
     "slow": Strategy("one per epoch", True, "none", "emptied", "linear", "expert"),
     "lorasc": Strategy("one per epoch", True, "every", "emptied", "linear", "expert"),
 }
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class ModelConfig(Section):
@@ -189,52 +186,6 @@ class CascadeConfig(Section):
         return self
 
 
-class DigitsConfig(Section):
-    name: Literal["digits"] = Field(
-        default="digits", description="Handwritten digits as text, from one domain to another."
-    )
-    domain: Literal["upright", "mirrored", "rotated", "blurred"] = Field(
-        default="mirrored", description="The new domain; the model in the package knows upright digits."
-    )
-    train_examples: int = Field(default=100, ge=1, le=296, description="Training examples in the new domain.")
-    dev_examples: int = Field(
-        default=100, ge=1, le=296, description="Examples for selection; 297 images are left for both."
-    )
-    test_examples: int = Field(default=500, ge=1, le=500, description="Test images, the same ones in every domain.")
-    label_noise: float = Field(default=0.3, ge=0, le=1, description="Share of training examples with a wrong label.")
-    loss: Literal["lm", "classification"] = Field(
-        default="lm", description="Cross-entropy over the answer's tokens, or over the candidates."
-    )
-
-    @model_validator(mode="after")
-    def enough_images(self) -> DigitsConfig:
-        if self.train_examples + self.dev_examples > 297:
-            raise ValueError(
-                f"task.train_examples {self.train_examples} + task.dev_examples {self.dev_examples} is more than the"
-                " 297 images that neither the base model nor the test has: lower one"
-            )
-        return self
-
-
-class TextConfig(Section):
-    name: Literal["text"] = Field(default="text", description="Causal language modelling on your own files.")
-    train_file: str = Field(description="A .txt file (one document), or .jsonl with one document a row.")
-    eval_file: str | None = Field(default=None, description="Held-out text; null: the last tenth of train_file.")
-    text_field: str = Field(
-        default="text", min_length=1, description="The field of a .jsonl row that holds the document."
-    )
-    block_size: int = Field(
-        default=256, ge=2, description="Tokens in a training sequence; documents are packed end to end."
-    )
-
-    @model_validator(mode="after")
-    def known_suffixes(self) -> TextConfig:
-        for key, value in (("train_file", self.train_file), ("eval_file", self.eval_file)):
-            if value is not None and PurePath(value).suffix.lower() not in (".txt", ".jsonl"):
-                raise ValueError(f"task.{key} is {value!r}: a name that ends in .txt or .jsonl is needed")
-        return self
-
-
 class TrainingConfig(Section):
     epochs: float = Field(default=5.0, gt=0, description="Passes over the training examples; fractions are allowed.")
     batch_size: int = Field(
@@ -249,6 +200,15 @@ class TrainingConfig(Section):
     gradient_checkpointing: bool = Field(
         default=False,
         description="Recompute activations in the backward pass: less memory, more time.",
+    )
+    share_prefixes: bool = Field(
+        default=True,
+        description="Read what the candidates of a question begin with once; false, or with a model that cannot:"
+        " candidate by candidate.",
+    )
+    packing: bool = Field(
+        default=False,
+        description="Put several training sequences into a row instead of padding; none sees another.",
     )
     eval_batch_size: int = Field(default=16, ge=1, description="Sequences per forward pass of an evaluation.")
     learning_rate: float = Field(default=1e-4, gt=0, le=100, description="Peak learning rate of AdamW.")
@@ -335,6 +295,6 @@ class Config(Section):
     model: ModelConfig = Field(default_factory=ModelConfig)
     adapter: AdapterConfig = Field(default_factory=AdapterConfig)
     cascade: CascadeConfig = Field(default_factory=CascadeConfig)
-    task: Annotated[DigitsConfig | TextConfig, Field(discriminator="name")] = Field(default_factory=DigitsConfig)
+    task: Annotated[TrainableTask, Field(discriminator="name")] = Field(default_factory=DigitsConfig)
     training: TrainingConfig = Field(default_factory=TrainingConfig)
     tracking: TrackingConfig = Field(default_factory=TrackingConfig)

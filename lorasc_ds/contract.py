@@ -19,8 +19,10 @@ FREE = {
     "training.max_skipped_steps",
     "training.micro_batch_size",
     "training.non_finite",
+    "training.packing",
     "training.save_failures_allowed",
     "training.save_model",
+    "training.share_prefixes",
     "tracking.log_steps",
     "tracking.tensorboard",
 }

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields, replace
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -18,80 +19,188 @@ from lorasc_ds.encoding import EncodedExample, ScoredTokens
 
 
 @dataclass(frozen=True, slots=True)
+class Layout:
+    """How sequences become the rows of a batch. The model computes the same, up to rounding.
+
+    Args:
+        pad_id: fills rows up.
+        share_prefixes: what the candidates of an example begin with is read once, in one row with what each goes on
+            with; a token sees its own candidate alone.
+        pack: several sequences stand in one row, instead of padding; none sees another.
+    """
+
+    pad_id: int
+    share_prefixes: bool = False
+    pack: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Tree:
+    """Sequences that begin alike, to be read together.
+
+    Args:
+        common: what they all begin with.
+        branches: what each goes on with; those that end there have none.
+    """
+
+    common: tuple[int, ...]
+    branches: tuple[tuple[int, ...], ...] = ()
+
+    @property
+    def size(self) -> int:
+        """Tokens that the model reads."""
+        return len(self.common) + sum(map(len, self.branches))
+
+    @property
+    def ids(self) -> list[int]:
+        return [*self.common, *(id for branch in self.branches for id in branch)]
+
+    def segments(self, number: int) -> list[list[int]]:
+        """Position, tree and branch of every token."""
+        start = len(self.common)
+        parts = [(0, len(self.common)), *((start, len(branch)) for branch in self.branches)]
+        positions = [first + at for first, length in parts for at in range(length)]
+        branches = [branch for branch, (_, length) in enumerate(parts) for _ in range(length)]
+        return [positions, [number] * self.size, branches]
+
+    def offset(self, inputs: tuple[int, ...]) -> int:
+        """What the position of a token of `inputs` after the common part is less than its place in the tree."""
+        rest = inputs[len(self.common) :]
+        if not rest:
+            return 0
+        return sum(len(branch) for branch in self.branches[: self.branches.index(rest)])
+
+
+def common_length(sequences: Iterable[tuple[int, ...]]) -> int:
+    """Tokens that all begin with, where at least one of each is left."""
+    sequences = list(sequences)
+    first, last, most = min(sequences), max(sequences), min(map(len, sequences)) - 1
+    return next((at for at in range(most) if first[at] != last[at]), most)
+
+
+def trees_of(candidates: Sequence[ScoredTokens], share_prefixes: bool) -> dict[tuple[int, ...], Tree]:
+    """For each input of an example's candidates the tree that it is read in; its own, where little is common."""
+    inputs = list(dict.fromkeys(candidate.ids[:-1] for candidate in candidates))
+    common = common_length(candidate.ids for candidate in candidates)
+    if not share_prefixes or len(inputs) == 1 or 4 * common < min(map(len, inputs)):
+        return {one: Tree(one) for one in inputs}
+    tree = Tree(inputs[0][:common], tuple(one[common:] for one in inputs if len(one) > common))
+    return dict.fromkeys(inputs, tree)
+
+
+def rows_of(trees: Sequence[Tree], pack: bool) -> list[list[int]]:
+    """The numbers of the trees of every row: one, or as many as fit beside the longest (best fit, longest first)."""
+    if not pack:
+        return [[number] for number in range(len(trees))]
+    capacity = max(tree.size for tree in trees)
+    rows: list[list[int]] = []
+    room: list[int] = []
+    for number in sorted(range(len(trees)), key=lambda number: -trees[number].size):
+        size = trees[number].size
+        best = min((row for row, left in enumerate(room) if left >= size), key=room.__getitem__, default=None)
+        if best is None:
+            best = len(rows)
+            rows.append([])
+            room.append(capacity)
+        rows[best].append(number)
+        room[best] -= size
+    return rows
+
+
+@dataclass(frozen=True, slots=True)
 class Batch:
     """Sequences as tensors.
 
     Args:
-        input_ids: (inputs, length), padded at the end.
-        attention_mask: (inputs, length), or None where nothing is padded.
-        token_input, token_position: (tokens,): where the logits of each scored token are.
+        input_ids: (rows, length), padded at the end.
+        attention_mask: (rows, length); None where nothing is padded, or `segments` says what sees what.
+        segments: None, where every row is one sequence; else int64 of (3, rows, length): the position of each token,
+            its tree (-1: padding), and its branch there (0: the common part). A token sees those before it that are
+            in its own branch or the common part of its tree.
+        token_row, token_position: (tokens,): where the logits of each scored token are.
         token_target: (tokens,): the id of each scored token.
         token_sequence: (tokens,): which sequence it belongs to.
         candidates: sequences of each example; they follow one another.
         gold: the right candidate of each example.
+        input_tokens: what the model reads, padding not counted.
     """
 
     input_ids: Tensor
     attention_mask: Tensor | None
-    token_input: Tensor
+    segments: Tensor | None
+    token_row: Tensor
     token_position: Tensor
     token_target: Tensor
     token_sequence: Tensor
     candidates: tuple[int, ...]
     gold: tuple[int, ...]
+    input_tokens: int
 
     @property
     def scored_tokens(self) -> int:
         return len(self.token_target)
 
-    @property
-    def input_tokens(self) -> int:
-        """Tokens the model reads, padding not counted."""
-        return self.input_ids.numel() if self.attention_mask is None else int(self.attention_mask.sum())
-
     def last_scored(self, count: int) -> Batch:
         """The same inputs, of which only the last `count` scored tokens are scored."""
         return replace(
             self,
-            token_input=self.token_input[-count:],
+            token_row=self.token_row[-count:],
             token_position=self.token_position[-count:],
             token_target=self.token_target[-count:],
             token_sequence=self.token_sequence[-count:],
         )
 
     def to(self, device: torch.device) -> Batch:
-        return replace(
-            self,
-            input_ids=self.input_ids.to(device),
-            attention_mask=None if self.attention_mask is None else self.attention_mask.to(device),
-            token_input=self.token_input.to(device),
-            token_position=self.token_position.to(device),
-            token_target=self.token_target.to(device),
-            token_sequence=self.token_sequence.to(device),
-        )
+        held = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **{name: one.to(device) for name, one in held.items() if isinstance(one, Tensor)})
 
 
-def collate(examples: Sequence[Sequence[ScoredTokens]], gold: Sequence[int], pad_id: int) -> Batch:
+def collate(examples: Sequence[Sequence[ScoredTokens]], gold: Sequence[int], layout: Layout) -> Batch:
     """Examples, each a list of candidates, as one batch. Candidates with the same input share a row."""
-    rows: dict[tuple[int, ...], int] = {}
-    where: list[tuple[int, int, int, int]] = []
-    sequences = [sequence for candidates in examples for sequence in candidates]
-    for number, sequence in enumerate(sequences):
-        inputs, end = sequence.ids[:-1], len(sequence.ids)
-        row = rows.setdefault(inputs, len(rows))
-        where += [(row, at - 1, sequence.ids[at], number) for at in range(end - sequence.scored, end)]
-    length = max(len(row) for row in rows)
-    lengths = torch.tensor([len(row) for row in rows])
-    token_input, token_position, token_target, token_sequence = torch.tensor(where).unbind(dim=1)
+    numbers: dict[Tree, int] = {}
+    scored: list[tuple[int, int, int, int]] = []  # tree, place in it, target, sequence
+    sequence = 0
+    for candidates in examples:
+        trees = trees_of(candidates, layout.share_prefixes)
+        for candidate in candidates:
+            inputs = candidate.ids[:-1]
+            tree = trees[inputs]
+            number, offset = numbers.setdefault(tree, len(numbers)), tree.offset(inputs)
+            for at in candidate.targets:
+                place = at - 1 if at <= len(tree.common) else at - 1 + offset
+                scored.append((number, place, candidate.ids[at], sequence))
+            sequence += 1
+    found = list(numbers)
+    rows = rows_of(found, layout.pack)
+    starts = {
+        number: (row, start)
+        for row, members in enumerate(rows)
+        for number, start in zip(members, accumulate((found[n].size for n in members), initial=0), strict=False)
+    }
+    lengths = torch.tensor([sum(found[number].size for number in members) for members in rows])
+    length = int(lengths.max())
+    input_ids = torch.full((len(rows), length), layout.pad_id)
+    for number, (row, start) in starts.items():
+        input_ids[row, start : start + found[number].size] = torch.tensor(found[number].ids)
+    segments = None
+    if any(len(members) > 1 for members in rows) or any(tree.branches for tree in found):
+        segments = torch.tensor([0, -1, 0])[:, None, None].repeat(1, len(rows), length)
+        for number, (row, start) in starts.items():
+            segments[:, row, start : start + found[number].size] = torch.tensor(found[number].segments(number))
+    padded = segments is None and bool((lengths < length).any())
+    where = torch.tensor([(*starts[number], place, target, of) for number, place, target, of in scored])
+    token_row, token_start, token_place, token_target, token_sequence = where.unbind(dim=1)
     return Batch(
-        input_ids=torch.tensor([[*row, *[pad_id] * (length - len(row))] for row in rows]),
-        attention_mask=None if (lengths == length).all() else (torch.arange(length) < lengths[:, None]).long(),
-        token_input=token_input,
-        token_position=token_position,
+        input_ids=input_ids,
+        attention_mask=(torch.arange(length) < lengths[:, None]).long() if padded else None,
+        segments=segments,
+        token_row=token_row,
+        token_position=token_start + token_place,
         token_target=token_target,
         token_sequence=token_sequence,
         candidates=tuple(len(candidates) for candidates in examples),
         gold=tuple(gold),
+        input_tokens=int(lengths.sum()),
     )
 
 
@@ -146,7 +255,7 @@ class TrainingData:
         batch_size: int,
         micro_batch_size: int,
         seed: int,
-        pad_id: int,
+        layout: Layout,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
@@ -155,7 +264,7 @@ class TrainingData:
         self.batch_size = batch_size
         self.micro_batch_size = micro_batch_size
         self.seed = seed
-        self.pad_id = pad_id
+        self.layout = layout
         self.rank = rank
         self.world_size = world_size
         self.steps_per_epoch = math.ceil(len(examples) / batch_size)
@@ -170,8 +279,8 @@ class TrainingData:
 
     def collate(self, examples: Sequence[EncodedExample]) -> Batch:
         if self.loss == "lm":
-            return collate([[example.target] for example in examples], [0] * len(examples), self.pad_id)
-        return collate([e.candidates for e in examples], [e.gold[0] for e in examples], self.pad_id)
+            return collate([[example.target] for example in examples], [0] * len(examples), self.layout)
+        return collate([e.candidates for e in examples], [e.gold[0] for e in examples], self.layout)
 
     def step(self, step: int) -> StepBatch:
         """The global batch of optimizer step `step`, counted from 0 over the run."""

@@ -19,24 +19,39 @@ from lorasc_ds.tasks import Example, Task
 
 @dataclass(frozen=True, slots=True)
 class ScoredTokens:
-    """Token ids, of which the last `scored` are predicted."""
+    """Token ids, of which some are predicted, each from all before it.
+
+    Args:
+        scored: how many are predicted.
+        positions: which; None: the last ones. Never the first token.
+    """
 
     ids: tuple[int, ...]
     scored: int
+    positions: tuple[int, ...] | None = None
+
+    @property
+    def targets(self) -> Sequence[int]:
+        """The positions of what is predicted."""
+        return range(len(self.ids) - self.scored, len(self.ids)) if self.positions is None else self.positions
 
 
 @dataclass(frozen=True, slots=True)
 class EncodedExample:
-    """An example as tokens, once per candidate; `gold` as in `Example`."""
+    """An example as tokens, once per candidate; `gold` as in `Example`.
+
+    Args:
+        prompt: what an answer is generated from; empty where none is.
+        source: the example itself, where its answer is generated.
+        group: as in `Example`.
+    """
 
     id: str
     candidates: tuple[ScoredTokens, ...]
     gold: tuple[int, ...]
-
-    @property
-    def inputs(self) -> int:
-        """Forward passes that score all candidates: those that differ in their last token alone share one."""
-        return len({candidate.ids[:-1] for candidate in self.candidates})
+    prompt: tuple[int, ...] = ()
+    source: Example | None = None
+    group: str = ""
 
     @property
     def target(self) -> ScoredTokens:
@@ -52,6 +67,8 @@ def digest_of(examples: Iterable[EncodedExample]) -> str:
         numbers = array("q", [*lengths, -1, *example.gold, -1])
         for candidate in example.candidates:
             numbers.extend(candidate.ids)
+            numbers.extend(candidate.positions or ())
+        numbers.extend(example.prompt)
         total.update(example.id.encode() + b"\0" + numbers.tobytes())
     return total.hexdigest()
 
@@ -60,8 +77,8 @@ class Encoder:
     """Tokenises a task and checks every row before a weight is loaded.
 
     Args:
-        max_length: longest sequence; longer ones keep their first special token and their end. None: the
-            model's own limit, and longer is an error.
+        max_length: longest sequence (`training.max_length`); longer ones are cut as the task says, but keep their
+            first special token. None: the task's, or the model's limit, and longer than that is an error.
         model_limit: positions of the model, or None.
         vocabulary_size: rows of the model's embedding.
         block_size: tokens in a packed sequence of a `documents` task, else None.
@@ -73,6 +90,7 @@ class Encoder:
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
+        task: Task,
         *,
         max_length: int | None,
         model_limit: int | None,
@@ -88,14 +106,28 @@ class Encoder:
                 f" {block_size}: leave max_length out"
             )
         self.tokenizer = tokenizer
+        self.task = task
         self.end = [] if tokenizer.eos_token_id is None else [single_id(tokenizer.eos_token_id)]
-        self.max_length = max_length
-        self.limit = max_length or model_limit
+        self.cuts = max_length is not None or task.max_length is not None
+        limits = [limit for limit in (max_length or task.max_length, model_limit) if limit is not None]
+        self.limit = min(limits, default=None)
+        if task.generation is not None:
+            self.limit = self.room(self.limit, task.generation.max_new_tokens)
         self.vocabulary_size = vocabulary_size
         self.block_size = block_size
         self.truncated = 0
+        self.shots_left_out = 0
         # Some tokenizers close every text by themselves; whether a text ends is said here alone.
         self.closes_texts = bool(self.end) and self.encode_texts([""])[0][-1:] == self.end
+
+    def room(self, limit: int | None, max_new_tokens: int) -> int | None:
+        """What an answer of so many tokens leaves of `limit`, in training too, as MeZO has it."""
+        if limit is not None and limit <= max_new_tokens + 1:
+            raise ConfigError(
+                f"task {self.task.name} generates up to {max_new_tokens} tokens, but a sequence may have only {limit}:"
+                " raise training.max_length, or take a model with more positions"
+            )
+        return None if limit is None else limit - max_new_tokens
 
     @property
     def pad_id(self) -> int:
@@ -106,20 +138,28 @@ class Encoder:
     def encode_texts(self, texts: list[str]) -> list[list[int]]:
         return cast(list[list[int]], self.tokenizer(texts, verbose=False)["input_ids"])
 
-    def encode(self, task: Task) -> dict[str, list[EncodedExample]]:
+    def encode(self) -> dict[str, Sequence[EncodedExample]]:
         """Every split of the task.
 
         Raises:
             DataError: an answer is cut away or a sequence too long, a token id is not in the model's
                 vocabulary, or a split is empty.
         """
-        encode_split = self.pack if task.kind == "documents" else self.encode_each
         encoded = {}
-        for split, examples in task.splits.items():
-            encoded[split] = encode_split(examples) if examples else []
+        for split, examples in self.task.splits.items():
+            encoded[split] = self.encode_examples(examples) if examples else []
             if not encoded[split]:
-                raise DataError(f"the split {split} of task {task.name} is empty: more data is needed")
+                raise DataError(f"the split {split} of task {self.task.name} is empty: more data is needed")
         return encoded
+
+    def encode_examples(self, examples: Sequence[Example]) -> Sequence[EncodedExample]:
+        match self.task.kind:
+            case "documents":
+                return self.pack(examples)
+            case "sequences":
+                return self.encode_sequences(examples)
+            case _:
+                return self.encode_answers(examples)
 
     def tokens(self, texts: Iterable[tuple[str, str]]) -> dict[str, list[int]]:
         """Token ids by text; `texts` yields (text, id of the example it is from) and may repeat itself."""
@@ -135,19 +175,78 @@ class Encoder:
                 )
         return dict(zip(origins, ids, strict=True))
 
-    def encode_each(self, examples: Sequence[Example]) -> list[EncodedExample]:
+    def encode_answers(self, examples: Sequence[Example]) -> list[EncodedExample]:
         """Prompts with candidates. An answer's length is that of the full text less that of the prompt."""
-        texts = [(text, example.id) for example in examples for text in (example.prompt, *example.texts)]
+        texts = [(text, e.id) for e in examples if e.texts for text in (e.prompt, *e.texts)]
         tokens = self.tokens((form, where) for text, where in texts for form in (text.strip(" "), trimmed(text)))
+        prompts = self.prompts(examples) if self.task.generation else [()] * len(examples)
+        encoded = []
+        for example, prompt in zip(examples, prompts, strict=True):
+            candidates = []
+            for text in example.texts:
+                scored = len(tokens[text.strip(" ")]) - len(tokens[example.prompt.strip(" ")])
+                candidates.append(self.truncate(tokens[trimmed(text)], scored, example.id))
+            source = example if self.task.generation else None
+            encoded.append(EncodedExample(example.id, tuple(candidates), example.gold, prompt, source, example.group))
+        return encoded
+
+    def prompts(self, examples: Sequence[Example]) -> list[tuple[int, ...]]:
+        """What an answer is generated from: as many shots as fit, the last ones are left out first."""
+        assert self.task.generation is not None
+        room = min((n for n in (self.task.generation.max_length, self.limit) if n is not None), default=None)
+
+        def text(example: Example, shots: int) -> str:
+            return example.header + "".join(example.shots[:shots]) + example.prompt
+
+        whole = self.tokens((text(example, len(example.shots)), example.id) for example in examples)
+        prompts = []
+        for example in examples:
+            shots = len(example.shots)
+            ids = whole[text(example, shots)]
+            while room is not None and len(ids) > room and shots:
+                shots -= 1
+                ids = self.tokens([(text(example, shots), example.id)])[text(example, shots)]
+            self.shots_left_out += len(example.shots) - shots
+            if not ids:
+                raise DataError(f"{example.id}: its prompt has no token; give the row a prompt")
+            if room is not None and len(ids) > room:
+                self.truncated += 1
+                ids = self.cut(ids, room)
+            prompts.append(tuple(ids))
+        return prompts
+
+    def encode_sequences(self, examples: Sequence[Example]) -> list[EncodedExample]:
+        """Rows by themselves: prompt and answer, of which the whole or the answer is scored."""
+        texts = [(text, example.id) for example in examples for text in (example.prompt, example.texts[0])]
+        tokens = self.tokens(texts)
         encoded = []
         for example in examples:
-            prompt_length = len(tokens[example.prompt.strip(" ")])
-            candidates = tuple(
-                self.truncate(tokens[trimmed(text)], len(tokens[text.strip(" ")]) - prompt_length, example.id)
-                for text in example.texts
-            )
-            encoded.append(EncodedExample(example.id, candidates, example.gold))
+            ids = tokens[example.texts[0]]
+            unscored = len(tokens[example.prompt]) if self.task.mask_prompt else 1
+            encoded.append(self.sequence(example, ids, [at >= unscored for at in range(len(ids))]))
         return encoded
+
+    def sequence(self, example: Example, ids: list[int], scored: list[bool]) -> EncodedExample:
+        """A row cut to length, or closed by the end-of-text token where it fits.
+
+        Args:
+            scored: of every token, whether it is; of the first it does not matter.
+        """
+        where = example.id
+        if self.task.ends and self.end and ids[-1:] != self.end and (self.limit is None or len(ids) < self.limit):
+            ids, scored = [*ids, *self.end], [*scored, True]
+        if self.limit is not None and len(ids) > self.limit:
+            self.refuse_unless_cut(len(ids), where)
+            ids, scored = ids[: self.limit], scored[: self.limit]
+        positions = tuple(at for at in range(1, len(ids)) if scored[at])
+        if not positions:
+            raise DataError(
+                f"{where}: nothing of its {len(ids)} tokens is scored; give the row an answer, or raise"
+                " training.max_length"
+            )
+        at_end = positions == tuple(range(len(ids) - len(positions), len(ids)))
+        tokens = ScoredTokens(tuple(ids), len(positions), None if at_end else positions)
+        return EncodedExample(where, (tokens,), (0,), group=example.group)
 
     def truncate(self, ids: list[int], scored: int, where: str) -> ScoredTokens:
         """Keep the first special token and the end, so that the answer stays."""
@@ -157,19 +256,26 @@ class Encoder:
             raise DataError(f"{where}: nothing stands before the answer; give the row a prompt")
         if self.limit is None or len(ids) <= self.limit:
             return ScoredTokens(tuple(ids), scored)
-        if self.max_length is None:
-            raise DataError(
-                f"{where}: {len(ids)} tokens, but the model has {self.limit} positions:"
-                " set training.max_length to cut sequences at their beginning, or shorten the row"
-            )
+        self.refuse_unless_cut(len(ids), where)
         if scored > self.limit - 2:
             raise DataError(
                 f"{where}: the answer of {scored} tokens is truncated away at training.max_length {self.limit}:"
                 " raise it"
             )
+        return ScoredTokens(tuple(self.cut(ids, self.limit)), scored)
+
+    def refuse_unless_cut(self, length: int, where: str) -> None:
+        if not self.cuts:
+            raise DataError(
+                f"{where}: {length} tokens, but the model has room for {self.limit}: set training.max_length to cut"
+                f" sequences at their {self.task.cut}, or shorten the row"
+            )
         self.truncated += 1
+
+    def cut(self, ids: list[int], length: int) -> list[int]:
+        """The last tokens, and the first special token."""
         head = ids[:1] if ids[0] == self.tokenizer.bos_token_id else []
-        return ScoredTokens((*head, *ids[len(ids) - self.limit + len(head) :]), scored)
+        return [*head, *ids[len(ids) - length + len(head) :]]
 
     def pack(self, documents: Sequence[Example]) -> list[EncodedExample]:
         """Documents end to end, each closed by the end-of-text token, cut into blocks."""

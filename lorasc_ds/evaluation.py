@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from statistics import fmean as mean
+from typing import TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from lorasc_ds.data import collate
-from lorasc_ds.encoding import EncodedExample
-from lorasc_ds.objectives import classification_losses, mean_log_probabilities, token_log_probabilities
+from lorasc_ds.data import Layout, collate, trees_of
+from lorasc_ds.encoding import EncodedExample, ScoredTokens
+from lorasc_ds.errors import ConfigError
+from lorasc_ds.generation import Generator
+from lorasc_ds.objectives import mean_log_probabilities, scored_logits, token_log_probabilities
 from lorasc_ds.sharding import Processes
 from lorasc_ds.tasks import Scores, Task
+
+T = TypeVar("T")
 
 
 @contextmanager
@@ -32,34 +38,108 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 def evaluate(
     model: nn.Module,
     task: Task,
-    splits: dict[str, list[EncodedExample]],
+    splits: Mapping[str, Sequence[EncodedExample]],
     *,
     batch_size: int,
-    pad_id: int,
+    layout: Layout,
     processes: Processes,
     poll: Callable[[], None] = lambda: None,
+    generator: Generator | None = None,
+    record: Callable[[str, EncodedExample, Record], None] | None = None,
 ) -> Scores:
-    """Loss on every split but `train`, and accuracy (`candidates`) or perplexity (`documents`).
+    """Loss on every split but `train`, and the metrics of the task's kind.
 
-    The loss is the one that is trained on. `batch_size` counts the model's inputs, not examples. The
-    processes take the batches in turn; all get the same scores, those of one process to the last bit. `poll` is
-    called between batches, in all processes at the same ones; what it raises ends the evaluation.
+    `accuracy` (`candidates`), `perplexity` (`sequences`, `documents`), or those of the task's `generation`; each of
+    them also by group, as `METRIC/GROUP`, where there are several. The loss is the one that is trained on.
+    `batch_size` counts the rows that the model reads at once. The processes take the batches in turn; all get the same
+    scores, those of one process to the last bit.
+
+    Args:
+        poll: called between batches, in all processes at the same ones; what it raises ends the evaluation.
+        generator: generates answers; None: only the loss of a task of kind `generation` is computed.
+        record: called on the main process for every example, in the order of its split.
     """
 
-    def sums(chosen: Sequence[EncodedExample]) -> Sums:
-        if task.kind == "documents":
-            return document_sums(model, chosen, pad_id, processes.device)
-        return candidate_sums(model, task.loss, chosen, pad_id, processes.device)
-
-    def score(examples: Sequence[EncodedExample]) -> dict[str, float]:
-        total_loss, counted, correct = total(list(batches(examples, batch_size)), sums, processes, poll)
-        mean = total_loss / counted
-        if task.kind == "documents":
-            return {"perplexity": math.exp(mean) if mean < 700 else math.inf, "loss": mean}
-        return {"accuracy": correct / len(examples), "loss": mean}
+    def score(split: str, examples: Sequence[EncodedExample]) -> dict[str, float]:
+        records = [Record() for _ in examples]
+        scored = [at for at, example in enumerate(examples) if example.candidates]
+        if scored:
+            sums = losses(model, task, [examples[at] for at in scored], batch_size, layout, processes, poll)
+            for at, (loss, count, chosen, *candidates) in zip(scored, sums.tolist(), strict=True):
+                records[at].loss, records[at].count = loss, int(count)
+                if task.kind == "candidates":
+                    records[at].prediction = int(chosen)
+                    records[at].scores = candidates[: len(examples[at].candidates)]
+                    records[at].metrics = {"accuracy": float(int(chosen) in examples[at].gold)}
+        if generator is not None:
+            answered(generator, examples, records, batch_size, processes, poll)
+        if record is not None and processes.main:
+            for example, one in zip(examples, records, strict=True):
+                record(split, example, one)
+        return summary(task, examples, records)
 
     with evaluation_mode(model):
-        return {split: score(examples) for split, examples in splits.items() if split != "train"}
+        return {split: score(split, examples) for split, examples in splits.items() if split != "train"}
+
+
+def check_layout(model: nn.Module, layout: Layout, device: torch.device) -> None:
+    """Compare sequences in rows of their own with the same ones in a row that they share.
+
+    Raises:
+        ConfigError: in a shared row the model computes something else.
+    """
+    sequences = [ScoredTokens((1, 2, 3, 4, 5), 4), ScoredTokens((1, 2, 3, 5), 3)]
+    own, shared = (
+        collate([sequences] if one.share_prefixes else [[s] for s in sequences], [0] * 2, one).to(device)
+        for one in (Layout(layout.pad_id), layout)
+    )
+    with evaluation_mode(model):
+        alone, together = scored_logits(model, own), scored_logits(model, shared)
+    change = (alone - together).abs().max() / alone.std()
+    if change > 1e-3 if next(model.parameters()).dtype == torch.float32 else change > 0.2:
+        raise ConfigError(
+            "training.share_prefixes and training.packing need a model that sees of a row what it is told to see, and"
+            f" this one does not (its logits move by {float(change):.2g} of their standard deviation): set both false"
+        )
+
+
+@dataclass(slots=True)
+class Record:
+    """What an evaluation found of one example.
+
+    Args:
+        loss, count: summed over what the loss is a mean of, and of how much it is.
+        prediction: the candidate that was chosen, or the text that was generated.
+        scores: mean log-probability of every candidate.
+        metrics: of the prediction, by name.
+    """
+
+    loss: float = 0.0
+    count: int = 0
+    prediction: int | str | None = None
+    scores: list[float] = field(default_factory=list)
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+def summary(task: Task, examples: Sequence[EncodedExample], records: Sequence[Record]) -> dict[str, float]:
+    """The metrics of a split: means over its examples, or over the means of its groups."""
+    found: dict[str, float] = {}
+    groups = dict.fromkeys(example.group for example in examples)
+    for metric in dict.fromkeys(name for one in records for name in one.metrics):
+        by_group = {
+            group: mean([r.metrics[metric] for e, r in zip(examples, records, strict=True) if e.group == group])
+            for group in groups
+        }
+        macro = task.average == "macro"
+        found[metric] = mean(by_group.values() if macro else [one.metrics[metric] for one in records])
+        found |= {f"{metric}/{group}": value for group, value in by_group.items()} if len(groups) > 1 else {}
+    count = sum(one.count for one in records)
+    if count:
+        loss = sum(one.loss for one in records) / count
+        if task.kind in ("sequences", "documents"):
+            found["perplexity"] = math.exp(loss) if loss < 700 else math.inf
+        found["loss"] = loss
+    return found
 
 
 def for_the_loss_alone(examples: Sequence[EncodedExample], task: Task) -> list[EncodedExample]:
@@ -69,59 +149,94 @@ def for_the_loss_alone(examples: Sequence[EncodedExample], task: Task) -> list[E
     return [replace(example, candidates=(example.target,), gold=(0,)) for example in examples]
 
 
-Sums = tuple[float, int, int]
-"""Of a batch: the summed loss, what it is a sum over, and the right predictions."""
+def in_turn(batches: Sequence[T], processes: Processes, poll: Callable[[], None]) -> Iterator[tuple[T, bool]]:
+    """This process's batches, and whether it counts.
 
-
-def total(
-    chosen: Sequence[Sequence[EncodedExample]],
-    sums: Callable[[Sequence[EncodedExample]], Sums],
-    processes: Processes,
-    poll: Callable[[], None],
-) -> list[float]:
-    """The sums over all batches, each computed by one process."""
-    rows = torch.zeros(len(chosen), 3, dtype=torch.float64, device=processes.device)
-    for first in range(0, len(chosen), processes.world_size):
+    A process without a batch still takes part, in the first: a forward pass may gather weights from all.
+    """
+    for first in range(0, len(batches), processes.world_size):
         poll()
         mine = first + processes.rank
-        # A process without a batch still takes part: a forward pass may gather weights from all.
-        row = sums(chosen[mine if mine < len(chosen) else 0])
-        if mine < len(chosen):
-            rows[mine] = torch.tensor(row, dtype=torch.float64)
-    return processes.sum(rows).cpu().sum(dim=0).tolist()
+        yield batches[mine if mine < len(batches) else 0], mine < len(batches)
 
 
-def batches(examples: Sequence[EncodedExample], size: int) -> Iterator[Sequence[EncodedExample]]:
-    """Examples of like length together, so that little is padded; at most `size` inputs, or one example."""
-    chosen: list[EncodedExample] = []
-    inputs = 0
-    for example in sorted(examples, key=lambda example: len(example.target.ids)):
-        if chosen and inputs + example.inputs > size:
+def losses(
+    model: nn.Module,
+    task: Task,
+    examples: Sequence[EncodedExample],
+    batch_size: int,
+    layout: Layout,
+    processes: Processes,
+    poll: Callable[[], None],
+) -> Tensor:
+    """Of every example its summed loss, what that is a sum over, the best candidate and all their scores.
+
+    The candidate of the highest mean log-probability is the prediction; of equals the first.
+
+    Returns:
+        float64 of (examples, 3 + most candidates), on the CPU.
+    """
+    width = max(len(example.candidates) for example in examples)
+    found = torch.zeros(len(examples), 3 + width, dtype=torch.float64, device=processes.device)
+    for members, counts in in_turn(list(batches(examples, batch_size, layout)), processes, poll):
+        chosen = [examples[at] for at in members]
+        gold = [example.gold[0] for example in chosen]
+        batch = collate([example.candidates for example in chosen], gold, layout).to(processes.device)
+        log_probabilities = token_log_probabilities(model, batch).double()
+        scores = mean_log_probabilities(log_probabilities, batch)
+        of_sequences = log_probabilities.new_zeros(sum(batch.candidates))
+        totals = of_sequences.index_add(0, batch.token_sequence, log_probabilities).split(batch.candidates)
+        for at, example, total, means in zip(members, chosen, totals, scores, strict=True):
+            right = example.gold[0]
+            if task.loss == "classification":
+                loss, count = -means.log_softmax(dim=0)[right], 1
+            else:
+                loss, count = -total[right], example.target.scored
+            row = [float(loss), count, int(means.argmax()), *means.tolist()]
+            found[at, : len(row)] += counts * torch.tensor(row, dtype=torch.float64, device=found.device)
+    return processes.sum(found).cpu()
+
+
+def answered(
+    generator: Generator,
+    examples: Sequence[EncodedExample],
+    records: Sequence[Record],
+    batch_size: int,
+    processes: Processes,
+    poll: Callable[[], None],
+) -> None:
+    """Generate an answer for every example and score it; each process those of its batches."""
+    generation = generator.generation
+    order = sorted(range(len(examples)), key=lambda at: len(examples[at].prompt))
+    members = [order[at : at + batch_size] for at in range(0, len(order), batch_size)]
+    tokens = torch.zeros(len(examples), generation.max_new_tokens, dtype=torch.int64, device=processes.device)
+    values: dict[int, dict[str, float]] = {}
+    for mine, counts in in_turn(members, processes, poll):
+        answers = generator([examples[at] for at in mine], mine)
+        for at, answer in zip(mine, answers, strict=True):
+            if counts:
+                tokens[at, : len(answer)] = torch.tensor(answer, device=tokens.device) + 1  # 0: none
+                source = examples[at].source
+                assert source is not None
+                values[at] = generation.score(generator.text(answer), source)
+    processes.sum(tokens)
+    everything = {at: one for part in processes.gather(values) for at, one in part.items()}
+    for at, one in enumerate(records):
+        one.prediction = generator.text((tokens[at][tokens[at] > 0] - 1).tolist())
+        one.metrics = everything[at]
+
+
+def batches(examples: Sequence[EncodedExample], size: int, layout: Layout) -> Iterator[list[int]]:
+    """The positions of examples of like length, so that little is padded; at most `size` rows, or one example."""
+    rows = [list(trees_of(example.candidates, layout.share_prefixes).values()) for example in examples]
+    longest = [max(tree.size for tree in trees) for trees in rows]
+    chosen: list[int] = []
+    count = 0
+    for at in sorted(range(len(examples)), key=longest.__getitem__):
+        of_example = len(set(rows[at]))
+        if chosen and count + of_example > size:
             yield chosen
-            chosen, inputs = [], 0
-        chosen.append(example)
-        inputs += example.inputs
+            chosen, count = [], 0
+        chosen.append(at)
+        count += of_example
     yield chosen
-
-
-def candidate_sums(
-    model: nn.Module, loss: str, chosen: Sequence[EncodedExample], pad_id: int, device: torch.device
-) -> Sums:
-    """The candidate of the highest mean log-probability is the prediction; of equals the first."""
-    gold = [example.gold[0] for example in chosen]
-    batch = collate([example.candidates for example in chosen], gold, pad_id).to(device)
-    log_probabilities = token_log_probabilities(model, batch)
-    scores = mean_log_probabilities(log_probabilities, batch)
-    correct = sum(int(s.argmax()) in example.gold for s, example in zip(scores, chosen, strict=True))
-    if loss == "classification":
-        return float(classification_losses(log_probabilities, batch).double().sum()), len(chosen), correct
-    firsts = [sum(batch.candidates[:i]) for i in range(len(chosen))]
-    targets = torch.tensor([f + g for f, g in zip(firsts, gold, strict=True)], device=device)
-    of_targets = torch.isin(batch.token_sequence, targets)
-    return -float(log_probabilities[of_targets].double().sum()), int(of_targets.sum()), correct
-
-
-def document_sums(model: nn.Module, chosen: Sequence[EncodedExample], pad_id: int, device: torch.device) -> Sums:
-    """The loss over all scored tokens; nothing is predicted."""
-    batch = collate([[example.target] for example in chosen], [0] * len(chosen), pad_id).to(device)
-    return -float(token_log_probabilities(model, batch).double().sum()), batch.scored_tokens, 0

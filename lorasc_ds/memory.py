@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lorasc_ds.data import trees_of
 from lorasc_ds.preparation import Preparation
 
 GIB = 2**30
@@ -215,8 +216,9 @@ def activation_bytes(preparation: Preparation) -> int:
     f = getattr(shape, "intermediate_size", None) or 4 * h
     copies = 0 if size == 4 else sum(4 * one.A.shape[1] for one in preparation.weights)
     train = preparation.splits["train"]
-    longest = max(len(candidate.ids) for example in train for candidate in example.candidates) - 1
-    inputs = 1 if preparation.task.loss == "lm" else max(example.inputs for example in train)
+    of_example = (lambda e: (e.target,)) if preparation.task.loss == "lm" else (lambda e: e.candidates)
+    trees = [set(trees_of(of_example(e), preparation.data.layout.share_prefixes).values()) for e in train]
+    inputs, longest = max(map(len, trees)), max(tree.size for found in trees for tree in found)
     in_layers = layers * (size * (7 * h + 2 * f) + 8 * h) + copies
     for_magnitudes = transient = 0
     if preparation.config.adapter.method == "dora":
@@ -233,8 +235,14 @@ def activation_bytes(preparation: Preparation) -> int:
 def evaluation_bytes(preparation: Preparation) -> int:
     """Logits of the longest evaluation batch in the compute dtype; the scored ones again, and twice in float32."""
     size = 4 if preparation.config.model.dtype == "float32" else 2
-    rows = [c for split in preparation.task.evaluation_splits for e in preparation.splits[split] for c in e.candidates]
-    longest, scored = max(len(row.ids) for row in rows) - 1, max(row.scored for row in rows)
+    examples = [e for split in preparation.task.evaluation_splits for e in preparation.splits[split] if e.candidates]
+    trees = [trees_of(e.candidates, preparation.data.layout.share_prefixes) for e in examples]
+    longest = max(tree.size for found in trees for tree in found.values())
+    scored = max(
+        sum(c.scored for c in e.candidates if found[c.ids[:-1]] is tree)
+        for e, found in zip(examples, trees, strict=True)
+        for tree in set(found.values())
+    )
     per_input = size * longest + (size + 8) * scored
     return (
         preparation.config.training.eval_batch_size * per_input * preparation.shape.config.get_text_config().vocab_size

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -166,6 +167,21 @@ def refuse_bidirectional(config: ModelConfig, model: PreTrainedModel, logits: Ca
             f"model.name_or_path {config.name_or_path}: {type(model).__name__} lets a token see the tokens after"
             " it, so the loss would be that of a copy; give a causal language model"
         )
+
+
+def takes_attention_bias(model: PreTrainedModel) -> bool:
+    """Whether the model can be told, token by token, what each token sees: all layers attend to all that stands before.
+
+    Sliding windows, linear attention and state spaces cannot; `evaluation.check_layout` tries it on the live model.
+    """
+    config = model.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    return (
+        kinds == {"full_attention"}
+        and getattr(config, "sliding_window", None) is None
+        and model.config._attn_implementation in ("sdpa", "eager")
+        and "position_ids" in inspect.signature(model.forward).parameters
+    )
 
 
 def longest_sequence(model: PreTrainedModel) -> int | None:

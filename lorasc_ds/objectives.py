@@ -8,10 +8,28 @@ from torch import Tensor, nn
 from lorasc_ds.data import Batch
 
 
+def attention_bias(segments: Tensor, dtype: torch.dtype) -> Tensor:
+    """What is added to the attention scores, 0 where a token is seen: `dtype` of (rows, 1, length, length).
+
+    Args:
+        segments: as in `Batch`.
+    """
+    _, tree, branch = segments
+    seen = tree[:, :, None] == tree[:, None, :]
+    seen &= (branch[:, None, :] == 0) | (branch[:, :, None] == branch[:, None, :])
+    seen &= torch.ones(seen.shape[1:], dtype=torch.bool, device=seen.device).tril()
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)[:, None]
+
+
 def scored_logits(model: nn.Module, batch: Batch) -> Tensor:
     """The logits that predict each scored token: float32 of (tokens, vocabulary)."""
-    logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
-    return logits[batch.token_input, batch.token_position].float()
+    if batch.segments is None:
+        rows = {"attention_mask": batch.attention_mask}
+    else:  # the first parameter is the embedding's, in the dtype that attention computes in
+        bias = attention_bias(batch.segments, next(model.parameters()).dtype)
+        rows = {"attention_mask": bias, "position_ids": batch.segments[0]}
+    logits = model(input_ids=batch.input_ids, use_cache=False, **rows).logits
+    return logits[batch.token_row, batch.token_position].float()
 
 
 def token_log_probabilities(model: nn.Module, batch: Batch) -> Tensor:

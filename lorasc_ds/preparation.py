@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,11 +12,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lorasc_ds import models
 from lorasc_ds.adapters import AdaptedWeight, attach
 from lorasc_ds.algorithm.plan import Expert, Plan, Schedule, compressed_warmup
-from lorasc_ds.config import Config, TextConfig, TrainingConfig
-from lorasc_ds.data import TrainingData
+from lorasc_ds.config import Config, TrainingConfig
+from lorasc_ds.data import Layout, TrainingData
 from lorasc_ds.encoding import EncodedExample, Encoder, digest_of
 from lorasc_ds.errors import ConfigError
 from lorasc_ds.method import Method, make_method, make_plan, make_schedule, unused_settings
+from lorasc_ds.task_config import TextConfig
 from lorasc_ds.tasks import Task, load_task
 
 AUTO_SHARE = 0.08
@@ -41,7 +42,7 @@ class Preparation:
     shape: PreTrainedModel
     weights: list[AdaptedWeight]
     task: Task
-    splits: dict[str, list[EncodedExample]]
+    splits: dict[str, Sequence[EncodedExample]]
     data: TrainingData
     plan: Plan
     schedule: Schedule
@@ -50,6 +51,7 @@ class Preparation:
     evaluation_steps: frozenset[int]
     selection_steps: frozenset[int]
     truncated: int
+    shots_left_out: int
 
     @property
     def data_sha256(self) -> dict[str, str]:
@@ -107,7 +109,7 @@ class Preparation:
         jagged = self.schedule.span == "jagged" and plan.experts > 1
         lines = [
             f"task      {self.task.name}: {sizes}; sequences of {min(lengths)} to {max(lengths)} tokens,"
-            f" {self.truncated} truncated; padded with token {self.data.pad_id}, masked by length",
+            f" {self.truncated} truncated; padded with token {self.data.layout.pad_id}, masked by length",
             f"model     {self.config.model.name_or_path}, {self.config.model.dtype}: {frozen:,} frozen parameters",
             f"adapter   {self.config.adapter.method}, rank {self.config.adapter.rank}, s = {self.weights[0].scaling:g}:"
             f" {len(self.weights)} weights, {trained:,} trainable parameters",
@@ -119,6 +121,9 @@ class Preparation:
             f" {warmup} warm-up steps"
             + (f", {self.schedule.rewarmup(plan.expert(2))} after a restart" if jagged else ""),
         ]
+        lines += [f"protocol  {line}" for line in self.task.notes]
+        if self.shots_left_out:
+            lines.append(f"note      {self.shots_left_out} demonstrations are left out of prompts that were too long")
         lines += [f"note      {line}" for line in repeated(self.splits)]
         unused = unused_settings(cascade)
         if unused:
@@ -126,14 +131,14 @@ class Preparation:
         return lines
 
 
-def repeated(splits: dict[str, list[EncodedExample]]) -> Iterator[str]:
+def repeated(splits: dict[str, Sequence[EncodedExample]]) -> Iterator[str]:
     """What stands in the training examples twice, or in another split too, token for token."""
     train = {example.target.ids for example in splits["train"]}
     twice = len(splits["train"]) - len(train)
     if twice:
         yield f"{twice} of {len(splits['train'])} training examples are repetitions of others"
     for split, examples in splits.items():
-        known = sum(example.target.ids in train for example in examples)
+        known = sum(bool(example.candidates) and example.target.ids in train for example in examples)
         if split != "train" and known:
             yield f"{known} of {len(examples)} examples of {split} are training examples too: its score is no test"
 
@@ -156,6 +161,20 @@ def auto_examples(config: Config, plan: Plan, method: Method, dev_examples: int)
     trained = config.training.batch_size * plan.steps / plan.experts
     affordable = max(AUTO_LEAST, int(AUTO_SHARE * 3 * trained / method.candidates))
     return min(dev_examples, config.cascade.auto_examples or affordable)
+
+
+def layout_of(training: TrainingConfig, shape: PreTrainedModel, pad_id: int) -> Layout:
+    """
+    Raises:
+        ConfigError: rows cannot be packed for this model.
+    """
+    able = models.takes_attention_bias(shape)
+    if training.packing and not able:
+        raise ConfigError(
+            f"training.packing is true, but {type(shape).__name__} has layers that do not attend to all that stands"
+            " before, so that sequences in one row would see each other: set it false"
+        )
+    return Layout(pad_id, share_prefixes=training.share_prefixes and able, pack=training.packing)
 
 
 def micro_batch_size(training: TrainingConfig, world_size: int) -> int:
@@ -188,13 +207,14 @@ def prepare(config: Config, rank: int = 0, world_size: int = 1) -> Preparation:
     shape = models.load_shape(config.model)
     encoder = Encoder(
         tokenizer,
+        task,
         max_length=config.training.max_length,
         model_limit=models.longest_sequence(shape),
         vocabulary_size=models.vocabulary_size(shape),
         block_size=config.task.block_size if isinstance(config.task, TextConfig) else None,
     )
     weights = attach_adapters(config, shape)
-    splits = encoder.encode(task)
+    splits = encoder.encode()
     training = config.training
     if training.batch_size > len(splits["train"]):
         raise ConfigError(
@@ -207,7 +227,7 @@ def prepare(config: Config, rank: int = 0, world_size: int = 1) -> Preparation:
         batch_size=training.batch_size,
         micro_batch_size=micro,
         seed=training.seed,
-        pad_id=encoder.pad_id,
+        layout=layout_of(training, shape, encoder.pad_id),
         rank=rank,
         world_size=world_size,
     )
@@ -233,6 +253,7 @@ def prepare(config: Config, rank: int = 0, world_size: int = 1) -> Preparation:
         evaluation_steps=evaluation_steps(config, plan, epoch_ends),
         selection_steps=epoch_ends,
         truncated=encoder.truncated,
+        shots_left_out=encoder.shots_left_out,
     )
 
 

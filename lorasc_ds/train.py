@@ -172,7 +172,7 @@ def tracker_of(directory: Path, preparation: Preparation, checkpoint: Checkpoint
     return Tracker(
         directory,
         task=preparation.task.name,
-        headline="perplexity" if preparation.task.kind == "documents" else "accuracy",
+        headline=preparation.task.headline,
         steps=preparation.plan.steps,
         steps_per_epoch=preparation.data.steps_per_epoch,
         experts=preparation.plan.experts,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import resource
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,7 +20,8 @@ from lorasc_ds.cascade import Boundaries
 from lorasc_ds.data import Batch, derived_seed
 from lorasc_ds.encoding import EncodedExample
 from lorasc_ds.errors import CheckpointError, ConfigError
-from lorasc_ds.evaluation import evaluate, evaluation_mode, for_the_loss_alone
+from lorasc_ds.evaluation import check_layout, evaluate, evaluation_mode, for_the_loss_alone
+from lorasc_ds.generation import Generator
 from lorasc_ds.live_weights import LiveWeights
 from lorasc_ds.objectives import scored_logits, summed_loss
 from lorasc_ds.preparation import Preparation
@@ -94,9 +95,12 @@ class Trainer:
         )
         self.engine.model.train()
         models.refuse_bidirectional(config.model, module, self.logits)
+        if data.layout.share_prefixes or data.layout.pack:
+            check_layout(self.engine.model, data.layout, self.processes.device)
         self.base_sha256 = self.weights_sha256()
         self.base_checksum = self.live.checksum(backbone_parameters(module))
         self.selection = Selection(training.select, self.live)
+        self.generator = self.make_generator()
         if ledger_length is None:
             ledger = self.new_ledger(getattr(module.config, "_commit_hash", None), directory / "ledger", tuple(others))
         else:
@@ -142,6 +146,19 @@ class Trainer:
             )
         return ledger
 
+    def make_generator(self) -> Generator | None:
+        preparation = self.preparation
+        if preparation.task.generation is None:
+            return None
+        return Generator(
+            self.module,
+            preparation.tokenizer,
+            preparation.task.generation,
+            pad_id=preparation.data.layout.pad_id,
+            synced=self.engine.zero_stage == 3,
+            seed=preparation.config.training.seed,
+        )
+
     def logits(self, ids: Tensor) -> Tensor:
         """Of token ids (inputs, length), in evaluation mode: (inputs, length, vocabulary)."""
         with evaluation_mode(self.engine.model):
@@ -161,22 +178,27 @@ class Trainer:
     def evaluate(self) -> Scores:
         return self.scores(self.preparation.splits)
 
-    def scores(self, splits: dict[str, list[EncodedExample]]) -> Scores:
+    def scores(self, splits: Mapping[str, Sequence[EncodedExample]], answers: bool = True) -> Scores:
+        """
+        Args:
+            answers: whether they are generated, where the task asks for it; else the loss is all.
+        """
         return evaluate(
             self.engine.model,
             self.preparation.task,
             splits,
             batch_size=self.preparation.config.training.eval_batch_size,
-            pad_id=self.preparation.data.pad_id,
+            layout=self.preparation.data.layout,
             processes=self.processes,
             poll=lambda: self.stopping.poll(self.processes),
+            generator=self.generator if answers else None,
         )
 
     def dev_loss(self) -> float:
         """Of the model as it is, on the dev examples that a boundary chooses α and λ by."""
         preparation = self.preparation
         chosen = for_the_loss_alone(preparation.splits["dev"][: preparation.auto_examples], preparation.task)
-        return self.scores({"dev": chosen})["dev"]["loss"]
+        return self.scores({"dev": chosen}, answers=False)["dev"]["loss"]
 
     def weights_sha256(self) -> str:
         return self.live.weights_sha256()

@@ -102,7 +102,7 @@ def batches(preparation: Preparation) -> Iterator[dict[str, Tensor]]:
         assert batch.attention_mask is None
         assert batch.scored_tokens == len(batch.input_ids)
         labels = torch.full_like(batch.input_ids, -100)
-        labels[batch.token_input, batch.token_position] = batch.token_target
+        labels[batch.token_row, batch.token_position] = batch.token_target
         yield {"input_ids": batch.input_ids, "labels": labels, "shift_labels": labels}
 
 

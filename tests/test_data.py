@@ -10,7 +10,7 @@ import torch
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from lorasc_ds.data import TrainingData, collate
+from lorasc_ds.data import Layout, TrainingData, collate
 from lorasc_ds.encoding import EncodedExample, Encoder, ScoredTokens
 from lorasc_ds.errors import ConfigError, DataError
 from lorasc_ds.models import QUICKSTART_BASE
@@ -22,9 +22,12 @@ def digits_tokenizer() -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(QUICKSTART_BASE)
 
 
-def encoder(tokenizer: PreTrainedTokenizerBase, **options: int | None) -> Encoder:
+QUESTIONS = Task("made", "candidates", "lm", {}, headline="accuracy")
+
+
+def encoder(tokenizer: PreTrainedTokenizerBase, task: Task = QUESTIONS, **options: int | None) -> Encoder:
     settings = {"max_length": None, "model_limit": 128, "vocabulary_size": len(tokenizer)} | options
-    return Encoder(tokenizer, **settings)
+    return Encoder(tokenizer, task, **settings)
 
 
 def question(prompt: str = "a b c =", answers: tuple[str, ...] = ("1", "2 3"), gold: int = 0) -> Example:
@@ -33,7 +36,7 @@ def question(prompt: str = "a b c =", answers: tuple[str, ...] = ("1", "2 3"), g
 
 def test_option_length_is_full_text_less_prompt(digits_tokenizer: PreTrainedTokenizerBase) -> None:
     """MeZO 1.4, with BOS on both sides."""
-    (encoded,) = encoder(digits_tokenizer).encode_each([question()])
+    (encoded,) = encoder(digits_tokenizer).encode_answers([question()])
     assert [candidate.scored for candidate in encoded.candidates] == [1, 2]
     assert [digits_tokenizer.decode(c.ids) for c in encoded.candidates] == ["<s> a b c = 1", "<s> a b c = 2 3"]
 
@@ -41,7 +44,7 @@ def test_option_length_is_full_text_less_prompt(digits_tokenizer: PreTrainedToke
 def test_only_spaces_are_stripped_so_that_trailing_newlines_stay(shared_data: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(shared_data / "models" / "stories260K")
     example = Example("x", " Is it?\n ", (" Is it?\nYes\n",), (0,))
-    (encoded,) = encoder(tokenizer, vocabulary_size=10**6, model_limit=None).encode_each([example])
+    (encoded,) = encoder(tokenizer, vocabulary_size=10**6, model_limit=None).encode_answers([example])
     (candidate,) = encoded.candidates
     whole = tokenizer("Is it?\nYes\n")["input_ids"]
     assert list(candidate.ids) == whole
@@ -50,24 +53,24 @@ def test_only_spaces_are_stripped_so_that_trailing_newlines_stay(shared_data: Pa
 
 def test_long_sequences_keep_bos_and_their_end(digits_tokenizer: PreTrainedTokenizerBase) -> None:
     made = encoder(digits_tokenizer, max_length=4)
-    (encoded,) = made.encode_each([question("a b c d e f =", ("1",))])
+    (encoded,) = made.encode_answers([question("a b c d e f =", ("1",))])
     assert digits_tokenizer.decode(encoded.target.ids) == "<s> f = 1"
     assert made.truncated == 1
 
 
 def test_without_max_length_a_long_sequence_is_an_error(digits_tokenizer: PreTrainedTokenizerBase) -> None:
-    with pytest.raises(DataError, match=r"file:7: 6 tokens, but the model has 5 positions: set training.max_length"):
-        encoder(digits_tokenizer, model_limit=5).encode_each([question()][:1])
+    with pytest.raises(DataError, match=r"file:7: 6 tokens, but the model has room for 5: set training.max_length"):
+        encoder(digits_tokenizer, model_limit=5).encode_answers([question()][:1])
 
 
 def test_an_answer_truncated_away_is_an_error(digits_tokenizer: PreTrainedTokenizerBase) -> None:
     with pytest.raises(DataError, match=r"file:7: the answer of 5 tokens is truncated away at training.max_length 6"):
-        encoder(digits_tokenizer, max_length=6).encode_each([question(answers=("1 2 3 4 5",))])
+        encoder(digits_tokenizer, max_length=6).encode_answers([question(answers=("1 2 3 4 5",))])
 
 
 def test_an_empty_answer_is_an_error(digits_tokenizer: PreTrainedTokenizerBase) -> None:
     with pytest.raises(DataError, match="file:7: the answer adds no token"):
-        encoder(digits_tokenizer).encode_each([question(answers=("",))])
+        encoder(digits_tokenizer).encode_answers([question(answers=("",))])
 
 
 @pytest.mark.parametrize(
@@ -82,16 +85,17 @@ def test_more_than_the_model_s_positions_is_an_error(
 
 def test_a_token_outside_the_vocabulary_is_an_error(digits_tokenizer: PreTrainedTokenizerBase) -> None:
     with pytest.raises(DataError, match=r"file:7: token id 16 is outside the model's vocabulary of 16"):
-        encoder(digits_tokenizer, vocabulary_size=16).encode_each([question("c =", ("1",))])
+        encoder(digits_tokenizer, vocabulary_size=16).encode_answers([question("c =", ("1",))])
 
 
 @pytest.mark.parametrize("dev", [[], [Example("y", "", ("",))]], ids=["no document", "no block of two tokens"])
 def test_an_empty_split_is_an_error(digits_tokenizer: PreTrainedTokenizerBase, dev: list[Example]) -> None:
-    task = Task("made", "documents", "lm", {"train": [Example("x", "", ("a b c",))], "dev": dev})
-    made = encoder(digits_tokenizer, block_size=4, vocabulary_size=40)
+    splits = {"train": [Example("x", "", ("a b c",))], "dev": dev}
+    task = Task("made", "documents", "lm", splits, headline="perplexity")
+    made = encoder(digits_tokenizer, task, block_size=4, vocabulary_size=40)
     made.end = []
     with pytest.raises(DataError, match="the split dev of task made is empty"):
-        made.encode(task)
+        made.encode()
 
 
 def test_blocks_have_their_own_length(digits_tokenizer: PreTrainedTokenizerBase) -> None:
@@ -110,7 +114,7 @@ def test_a_tokenizer_that_closes_every_text_does_not_move_the_answer(digits_toke
         single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
     )
     assert closing.decode(closing("a b")["input_ids"]) == "<s> a b </s>"
-    (encoded,) = encoder(closing).encode_each([question()])
+    (encoded,) = encoder(closing).encode_answers([question()])
     assert [closing.decode(c.ids[-c.scored :]) for c in encoded.candidates] == ["1", "2 3"]
     (block,) = encoder(closing, block_size=8).pack([Example("x", "", ("a b",)), Example("y", "", ("c",))])
     assert closing.decode(block.target.ids) == "<s> a b </s> <s> c </s>"
@@ -148,17 +152,17 @@ def test_padding_is_masked_by_length_and_eos_stays_a_target(digits_tokenizer: Pr
     eos = digits_tokenizer.eos_token_id
     assert digits_tokenizer.pad_token_id is None
     assert encoder(digits_tokenizer).pad_id == 0
-    batch = collate([[ScoredTokens((5, 6, eos), 2)], [ScoredTokens((5, 6, 7, 8, eos), 1)]], [0, 0], pad_id=eos)
+    batch = collate([[ScoredTokens((5, 6, eos), 2)], [ScoredTokens((5, 6, 7, 8, eos), 1)]], [0, 0], Layout(eos))
     assert batch.input_ids.tolist() == [[5, 6, eos, eos], [5, 6, 7, 8]]
     assert batch.attention_mask is not None
     assert batch.attention_mask.tolist() == [[1, 1, 0, 0], [1, 1, 1, 1]]
     assert batch.token_target.tolist() == [6, eos, eos]
-    assert batch.token_input.tolist() == [0, 0, 1]
+    assert batch.token_row.tolist() == [0, 0, 1]
     assert batch.token_position.tolist() == [0, 1, 3]
 
 
 def test_candidates_with_one_input_share_a_forward_pass() -> None:
-    batch = collate([[ScoredTokens((1, 2, answer), 1) for answer in (7, 8, 9)]], [1], pad_id=0)
+    batch = collate([[ScoredTokens((1, 2, answer), 1) for answer in (7, 8, 9)]], [1], Layout(0))
     assert batch.input_ids.tolist() == [[1, 2]]
     assert batch.token_target.tolist() == [7, 8, 9]
     assert batch.token_sequence.tolist() == [0, 1, 2]
@@ -166,7 +170,7 @@ def test_candidates_with_one_input_share_a_forward_pass() -> None:
 
 def training_data(count: int, **options: int) -> TrainingData:
     examples = [EncodedExample(str(i), (ScoredTokens((1, i + 2, 2), 1 + i % 2),), (0,)) for i in range(count)]
-    settings = {"batch_size": 4, "micro_batch_size": 2, "seed": 3, "pad_id": 0} | options
+    settings = {"batch_size": 4, "micro_batch_size": 2, "seed": 3, "layout": Layout(0)} | options
     return TrainingData(examples, loss="lm", **settings)
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from lorasc_ds.data import collate
+from lorasc_ds.data import Layout, collate
 from lorasc_ds.encoding import EncodedExample, ScoredTokens
 from lorasc_ds.evaluation import batches, evaluate
 from lorasc_ds.objectives import summed_loss
@@ -33,6 +33,10 @@ def examples(kind: str) -> list[EncodedExample]:
     return made
 
 
+def made_task(kind: str, loss: str = "lm") -> Task:
+    return Task("made", kind, loss, {"train": [], "dev": [Example("x", "", ("",))]}, headline="loss")
+
+
 def alone(model: LlamaForCausalLM, sequence: ScoredTokens) -> torch.Tensor:
     """log p of the scored tokens of one sequence, by itself, float64 of (scored,)."""
     with torch.no_grad():
@@ -47,9 +51,9 @@ def test_candidates_are_ranked_by_mean_log_probability(
     tiny_llama: LlamaForCausalLM, loss: str, batch_size: int
 ) -> None:
     made = examples("candidates")
-    task = Task("made", "candidates", loss, {"train": [], "dev": [Example("x", "", ("",))]})
+    task = made_task("candidates", loss)
     tiny_llama.train()
-    scores = evaluate(tiny_llama, task, {"dev": made}, batch_size=batch_size, pad_id=3, processes=ALONE)["dev"]
+    scores = evaluate(tiny_llama, task, {"dev": made}, batch_size=batch_size, layout=Layout(3), processes=ALONE)["dev"]
     assert tiny_llama.training
     log_p = [[alone(tiny_llama, candidate) for candidate in one.candidates] for one in made]
     means = [torch.stack([candidate.mean() for candidate in of_one]) for of_one in log_p]
@@ -67,16 +71,18 @@ def test_candidates_are_ranked_by_mean_log_probability(
 def test_a_batch_holds_as_many_inputs_as_asked() -> None:
     made = examples("candidates")
     for size in (1, 3, 5):
-        batched = list(batches(made, size))
+        batched = [[made[at] for at in members] for members in batches(made, size, Layout(3))]
         assert sorted(int(one.id) for batch in batched for one in batch) == list(range(9))
-        rows = [len(collate([one.candidates for one in batch], [0] * len(batch), 3).input_ids) for batch in batched]
+        rows = [
+            len(collate([one.candidates for one in batch], [0] * len(batch), Layout(3)).input_ids) for batch in batched
+        ]
         assert all(count <= size or len(batch) == 1 for count, batch in zip(rows, batched, strict=True))
 
 
 def test_perplexity_is_over_all_scored_tokens(tiny_llama: LlamaForCausalLM) -> None:
     made = examples("documents")
-    task = Task("made", "documents", "lm", {"train": [], "dev": [Example("x", "", ("",))]})
-    scores = evaluate(tiny_llama, task, {"dev": made}, batch_size=4, pad_id=3, processes=ALONE)["dev"]
+    task = made_task("documents")
+    scores = evaluate(tiny_llama, task, {"dev": made}, batch_size=4, layout=Layout(3), processes=ALONE)["dev"]
     expected = -torch.cat([alone(tiny_llama, one.target) for one in made]).mean()
     assert scores["loss"] == pytest.approx(float(expected), rel=1e-5)
     assert scores["perplexity"] == pytest.approx(math.exp(expected), rel=1e-5)
@@ -85,20 +91,20 @@ def test_perplexity_is_over_all_scored_tokens(tiny_llama: LlamaForCausalLM) -> N
 @pytest.mark.parametrize("loss", ["lm", "classification"])
 def test_the_training_loss_is_the_one_that_is_evaluated(tiny_llama: LlamaForCausalLM, loss: str) -> None:
     made = examples("candidates")
-    task = Task("made", "candidates", loss, {"train": [], "dev": [Example("x", "", ("",))]})
+    task = made_task("candidates", loss)
     gold = [one.gold[0] for one in made]
     if loss == "lm":
-        batch = collate([[one.target] for one in made], [0] * len(made), pad_id=3)
+        batch = collate([[one.target] for one in made], [0] * len(made), Layout(3))
         count = batch.scored_tokens
     else:
-        batch, count = collate([one.candidates for one in made], gold, pad_id=3), len(made)
+        batch, count = collate([one.candidates for one in made], gold, Layout(3)), len(made)
     trained = float(summed_loss(tiny_llama.eval(), batch, loss).detach()) / count
-    scores = evaluate(tiny_llama, task, {"dev": made}, batch_size=4, pad_id=3, processes=ALONE)["dev"]
+    scores = evaluate(tiny_llama, task, {"dev": made}, batch_size=4, layout=Layout(3), processes=ALONE)["dev"]
     assert trained == pytest.approx(scores["loss"], rel=1e-5)
 
 
 def test_evaluation_draws_no_random_number(tiny_llama: LlamaForCausalLM) -> None:
-    task = Task("made", "candidates", "lm", {"train": [], "dev": [Example("x", "", ("",))]})
+    task = made_task("candidates")
     before = torch.get_rng_state()
-    evaluate(tiny_llama.train(), task, {"dev": examples("candidates")}, batch_size=4, pad_id=3, processes=ALONE)
+    evaluate(tiny_llama.train(), task, {"dev": examples("candidates")}, batch_size=4, layout=Layout(3), processes=ALONE)
     assert torch.equal(torch.get_rng_state(), before)

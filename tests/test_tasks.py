@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lorasc_ds.config import DigitsConfig, TextConfig
 from lorasc_ds.errors import DataError
+from lorasc_ds.task_config import DigitsConfig, TextConfig
 from lorasc_ds.tasks import load_task
 from lorasc_ds.tasks.digits import DOMAINS, blurred, load_images, noisy, prompt_of
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 def bound_waiting(timeout: timedelta) -> None:
@@ -66,6 +68,14 @@ class Processes:
             dist.broadcast_object_list(held, src=0)
         return held[0]
 
+    def gather(self, value: T) -> list[T]:
+        """The values of all processes, of any kind, by rank."""
+        if self.world_size == 1:
+            return [value]
+        gathered: list[Any] = [None] * self.world_size
+        dist.all_gather_object(gathered, value)
+        return gathered
+
     def differing(self, numbers: Tensor) -> list[int]:
         """The positions at which the processes hold different integers."""
         if self.world_size == 1:
@@ -80,6 +90,5 @@ class Processes:
             return [] if problem is None else [problem]
         if not self.sum(torch.tensor([float(problem is not None)], device=self.device)).any():
             return []  # the usual case costs one number
-        gathered: list[str | None] = [None] * self.world_size
-        dist.all_gather_object(gathered, problem)
-        return [f"rank {rank}: {found}" for rank, found in enumerate(gathered) if found is not None]
+        gathered = enumerate(self.gather(problem))
+        return [f"rank {rank}: {found}" for rank, found in gathered if found is not None]

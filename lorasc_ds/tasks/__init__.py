@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from lorasc_ds.config import DigitsConfig, TextConfig
-from lorasc_ds.tasks.base import Example, Scores, Task
+from lorasc_ds.task_config import DigitsConfig, TaskConfig, TextConfig
+from lorasc_ds.tasks.base import Example, Generation, Message, Scores, Task
 from lorasc_ds.tasks.digits import digits
 from lorasc_ds.tasks.text import text
 
-__all__ = ["Example", "Scores", "Task", "load_task"]
+__all__ = ["Example", "Generation", "Message", "Scores", "Task", "load_task"]
 
 
-def load_task(config: DigitsConfig | TextConfig, seed: int) -> Task:
+def load_task(config: TaskConfig, seed: int) -> Task:
     """The examples of a configured task; `seed` draws the sample where a task draws one.
 
     Raises:
@@ -20,4 +20,5 @@ def load_task(config: DigitsConfig | TextConfig, seed: int) -> Task:
         case DigitsConfig():
             return digits(seed=seed, **config.model_dump(exclude={"name"}))
         case TextConfig():
-            return text(**config.model_dump(exclude={"name", "block_size"}))
+            return text(**config.model_dump(exclude={"name", "block_size", "weights", "streaming"}))
+    raise NotImplementedError(config.name)

@@ -1,15 +1,17 @@
 """What a task is: splits of examples, each a prompt with the full text of every candidate answer.
 
 The field's prompt tasks fit this shape: a multiple-choice question has several candidates, a question
-with a free answer has one, a plain document has one and no prompt.
+with a free answer has one, a plain document has one and no prompt, a benchmark's question has none.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 Scores = dict[str, dict[str, float]]  # split -> metric -> value
+Message = dict[str, str]  # of a chat: role and content
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,16 +20,49 @@ class Example:
 
     Args:
         id: names the example in errors and records, e.g. `train.jsonl:17`.
-        prompt: the text that is given; never scored.
+        prompt: the text that is given; never scored. An answer is generated from `header`, `shots` and this.
         texts: prompt and answer together, one full text per candidate. Full texts, because an answer may
             sit inside the text (ReCoRD fills a placeholder) and because tokens may merge at the seam.
+            Empty where nothing is trained on and no loss is wanted.
         gold: indices into `texts` of the right answers; training uses the first.
+        references: the right answers that a generated one is compared with.
+        header, shots: what stands before the prompt where an answer is generated: a heading, and solved questions,
+            of which the last are left out until the prompt fits.
+        messages: a chat, in place of `prompt` and `texts`; the tokenizer's chat template makes the text.
+        group: the subject, source or subset it belongs to; each is reported on its own.
+        details: what else the score of an answer needs (HumanEval: its tests).
     """
 
     id: str
     prompt: str
-    texts: tuple[str, ...]
+    texts: tuple[str, ...] = ()
     gold: tuple[int, ...] = (0,)
+    references: tuple[str, ...] = ()
+    header: str = ""
+    shots: tuple[str, ...] = ()
+    messages: tuple[Message, ...] = ()
+    group: str = ""
+    details: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """How answers are generated, and scored.
+
+    Args:
+        max_new_tokens: longest answer.
+        score: the metrics of an answer, each from 0 to 1, the same names for every example; given the text that was
+            generated up to the first of `stop`, special tokens left out, and the example.
+        stop: texts that end an answer.
+        temperature: of sampling; 0: the most probable token (greedy).
+        max_length: longest prompt in tokens; None: what the model and `max_new_tokens` leave.
+    """
+
+    max_new_tokens: int
+    score: Callable[[str, Example], dict[str, float]]
+    stop: tuple[str, ...] = ()
+    temperature: float = 0.0
+    max_length: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,17 +71,39 @@ class Task:
 
     Args:
         name: as in `task.name`.
-        kind: `candidates` (the answer of the highest mean log-probability is the prediction; accuracy) or
-            `documents` (every token is scored; perplexity).
+        kind: `candidates` (the answer of the highest mean log-probability is the prediction; accuracy), `generation`
+            (an answer is generated; the metrics of `generation`), `sequences` (every row by itself; perplexity) or
+            `documents` (rows end to end in blocks, every token scored; perplexity).
         loss: `lm`, cross-entropy over the answer's tokens, or `classification`, cross-entropy over the
             candidates with their mean log-probabilities as logits (MeZO's two modes).
-        splits: `train`, `dev` (what selection looks at), then every split that is only reported.
+        splits: `train`, `dev` (what selection looks at), then every split that is only reported. A benchmark has
+            `test` alone.
+        headline: the metric that is shown in one line.
+        notes: what the task does that a reader may not expect: quirks of a protocol, variants that were chosen.
+        generation: of kind `generation`.
+        average: over all examples (`micro`), or of the means of the groups (`macro`).
+        max_length: longest sequence in tokens where `training.max_length` is null; None: the model's limit, and
+            longer is an error.
+        cut: which end of a sequence that is too long is cut away; the first special token stays.
+        ends: whether a sequence that is not cut is closed by the end-of-text token.
+        mask_prompt: of kind `sequences`: whether the prompt, and what others than the assistant say in a chat, is left
+            out of the loss.
+        weights: shares of the groups in the training examples; None: as many as there are.
     """
 
     name: str
-    kind: Literal["candidates", "documents"]
+    kind: Literal["candidates", "generation", "sequences", "documents"]
     loss: Literal["lm", "classification"]
-    splits: dict[str, list[Example]]
+    splits: Mapping[str, Sequence[Example]]
+    headline: str
+    notes: tuple[str, ...] = ()
+    generation: Generation | None = None
+    average: Literal["micro", "macro"] = "micro"
+    max_length: int | None = None
+    cut: Literal["beginning", "end"] = "beginning"
+    ends: bool = False
+    mask_prompt: bool = False
+    weights: Mapping[str, float] | None = None
 
     @property
     def evaluation_splits(self) -> list[str]:

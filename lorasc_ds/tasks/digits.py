@@ -101,6 +101,7 @@ def digits(
         name="digits",
         kind="candidates",
         loss=loss,
+        headline="accuracy",
         splits={
             "train": examples("train", shifted[train], train_labels),
             "dev": examples("dev", shifted[dev], labels[dev]),

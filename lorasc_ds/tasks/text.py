@@ -90,4 +90,5 @@ def text(*, train_file: str, eval_file: str | None, text_field: str) -> Task:
         train, dev = hold_out(documents)
     else:
         train, dev = documents, read_documents(Path(eval_file), "task.eval_file", text_field)
-    return Task(name="text", kind="documents", loss="lm", splits={"train": train, "dev": dev})
+    splits = {"train": train, "dev": dev}
+    return Task(name="text", kind="documents", loss="lm", splits=splits, headline="perplexity")

@@ -1,0 +1,120 @@
+"""Answers that a model generates, many prompts at a time: each answer is the one that its prompt alone would give."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+
+from lorasc_ds.data import derived_seed
+from lorasc_ds.encoding import EncodedExample, single_id
+from lorasc_ds.tasks import Generation
+
+
+class Generator:
+    """Generates by `Generation`'s settings; greedy, or by sampling that depends on the seed and the example alone.
+
+    Args:
+        model: the module whose weights may be cut up, in evaluation mode when it is called.
+        pad_id: fills prompts up at their beginning, masked.
+        synced: whether every process takes part in every step of every other, as ZeRO-3 needs.
+        seed: of sampling.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        generation: Generation,
+        *,
+        pad_id: int,
+        synced: bool = False,
+        seed: int = 0,
+    ) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.generation = generation
+        self.pad_id = pad_id
+        self.synced = synced
+        self.seed = seed
+        self.ends = set() if tokenizer.eos_token_id is None else {single_id(tokenizer.eos_token_id)}
+
+    def __call__(self, examples: Sequence[EncodedExample], positions: Sequence[int]) -> list[list[int]]:
+        """The token ids of an answer to each prompt, what ends it included.
+
+        Args:
+            positions: of the examples in their split, which sampling is seeded by.
+        """
+        settings = self.generation
+        length = max(len(example.prompt) for example in examples)
+        device = self.model.device
+        rows = [[self.pad_id] * (length - len(e.prompt)) + list(e.prompt) for e in examples]
+        mask = [[0] * (length - len(e.prompt)) + [1] * len(e.prompt) for e in examples]
+        processors = LogitsProcessorList()
+        if settings.temperature:
+            processors.append(Sampling(settings.temperature, [derived_seed(self.seed, at) for at in positions]))
+        generated = cast(Any, self.model).generate(
+            input_ids=torch.tensor(rows, device=device),
+            attention_mask=torch.tensor(mask, device=device),
+            do_sample=False,
+            num_beams=1,
+            max_new_tokens=settings.max_new_tokens,
+            pad_token_id=self.pad_id,
+            eos_token_id=sorted(self.ends) or None,
+            logits_processor=processors,
+            stopping_criteria=StoppingCriteriaList([Stop(self, length)]),
+            synced_gpus=self.synced,
+        )
+        return [self.ended(answer) for answer in generated[:, length:].tolist()]
+
+    def text(self, answer: Sequence[int]) -> str:
+        """The answer up to the first stop, without special tokens."""
+        text = str(self.tokenizer.decode(list(answer), skip_special_tokens=True))
+        found = [text.index(stop) for stop in self.generation.stop if stop in text]
+        return text[: min(found, default=len(text))]
+
+    def stopped(self, answer: Sequence[int]) -> bool:
+        text = str(self.tokenizer.decode(list(answer), skip_special_tokens=True))
+        return any(stop in text for stop in self.generation.stop)
+
+    def ended(self, answer: list[int]) -> list[int]:
+        """Without what fills a row up after the answer has ended."""
+        for count, id in enumerate(answer, start=1):
+            if id in self.ends or (id == self.pad_id and self.stopped(answer[: count - 1])):
+                return answer[:count] if id in self.ends else answer[: count - 1]
+        return answer
+
+
+class Stop(StoppingCriteria):
+    """Ends each row whose answer holds a stop."""
+
+    def __init__(self, generator: Generator, prompt_length: int) -> None:
+        self.generator = generator
+        self.prompt_length = prompt_length
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: object) -> Tensor:
+        answers = input_ids[:, self.prompt_length :].tolist()
+        return torch.tensor([self.generator.stopped(answer) for answer in answers], device=input_ids.device)
+
+
+class Sampling(LogitsProcessor):
+    """Turns the greedy choice into a sample at a temperature: noise of Gumbel's distribution, each row its own."""
+
+    def __init__(self, temperature: float, seeds: Sequence[int]) -> None:
+        self.temperature = temperature
+        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        uniform = torch.stack([torch.rand(scores.shape[1], generator=one) for one in self.generators])
+        gumbel = -torch.log(-torch.log(uniform.clamp_min(torch.finfo(torch.float32).tiny)))
+        return scores.float() / self.temperature + gumbel.to(scores.device)

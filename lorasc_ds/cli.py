@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
 from lorasc_ds.config import Config
 from lorasc_ds.errors import ConfigError
+from lorasc_ds.task_config import TaskConfig
 
 
 class RecipeLoader(yaml.SafeLoader):
@@ -144,12 +145,18 @@ def did_you_mean(key: str, known: Sequence[str]) -> str:
     return f"; did you mean {close[0]}?" if close else ""
 
 
-def explain(error: ValidationError, places: dict[str, str]) -> ConfigError:
-    """A pydantic error as one line: the key, where it stands, the value, what is needed."""
+def explain(error: ValidationError, places: dict[str, str], section: str | None = None) -> ConfigError:
+    """A pydantic error as one line: the key, where it stands, the value, what is needed.
+
+    Args:
+        section: that the error is about, where it is not about a whole configuration.
+    """
     lines = []
     told: dict[str, int] = {}  # the line of a key; members of a union and of a list are told in one
     for detail in error.errors():
         location = [str(part) for part in detail["loc"]]
+        if section is not None:  # the discriminator stands first
+            location = [section, *location[1:]]
         if location[:1] == ["task"] and len(location) > 2:
             del location[1]  # pydantic puts the task's name between `task` and the key
         key = ".".join(location[:2])
@@ -175,6 +182,35 @@ def explain(error: ValidationError, places: dict[str, str]) -> ConfigError:
             lines.append(f"{key} is {detail['input']!r}{place}: {need}")
     more = f" (and {len(lines) - 1} more: {'; '.join(lines[1:])})" if len(lines) > 1 else ""
     return ConfigError(lines[0] + more)
+
+
+def build_task(name: str, settings: dict[str, Any], overrides: dict[str, str]) -> TaskConfig:
+    """The settings of a task: those of a run, or its defaults, and what the command line says (`--NAME.KEY`).
+
+    Raises:
+        ConfigError: one line with the key and the remedy.
+    """
+    known = task_fields()
+    if name not in known:
+        raise ConfigError(
+            f"--tasks {name}: no such task; one of {', '.join(known)} is needed{did_you_mean(name, [*known])}"
+        )
+    given = {key: parse_override(text, [known[name][key]]) for key, text in overrides.items()}
+    try:
+        return TypeAdapter(Annotated[TaskConfig, Field(discriminator="name")]).validate_python(
+            {"name": name} | settings | given
+        )
+    except ValidationError as error:
+        raise explain(error, {}, name) from None
+
+
+def task_fields() -> dict[str, dict[str, FieldInfo]]:
+    """The fields of the settings of every task, by its name."""
+    return {
+        name: {key: field for key, field in section.model_fields.items() if key != "name"}
+        for section in members(TaskConfig)
+        for name in get_args(section.model_fields["name"].annotation)
+    }
 
 
 def build_config(content: dict[str, Any], places: dict[str, str], overrides: dict[str, str]) -> Config:

@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from transformers import (
+    GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
     PreTrainedModel,
@@ -17,7 +18,7 @@ from transformers import (
 )
 
 from lorasc_ds.data import derived_seed
-from lorasc_ds.encoding import EncodedExample, single_id
+from lorasc_ds.encoding import EncodedExample
 from lorasc_ds.tasks import Generation
 
 
@@ -47,7 +48,7 @@ class Generator:
         self.pad_id = pad_id
         self.synced = synced
         self.seed = seed
-        self.ends = set() if tokenizer.eos_token_id is None else {single_id(tokenizer.eos_token_id)}
+        self.ends = ids_of(tokenizer.eos_token_id) | ids_of(getattr(model.generation_config, "eos_token_id", None))
 
     def __call__(self, examples: Sequence[EncodedExample], positions: Sequence[int]) -> list[list[int]]:
         """The token ids of an answer to each prompt, what ends it included.
@@ -63,18 +64,24 @@ class Generator:
         processors = LogitsProcessorList()
         if settings.temperature:
             processors.append(Sampling(settings.temperature, [derived_seed(self.seed, at) for at in positions]))
-        generated = cast(Any, self.model).generate(
-            input_ids=torch.tensor(rows, device=device),
-            attention_mask=torch.tensor(mask, device=device),
+        plain = GenerationConfig(
             do_sample=False,
             num_beams=1,
             max_new_tokens=settings.max_new_tokens,
             pad_token_id=self.pad_id,
             eos_token_id=sorted(self.ends) or None,
-            logits_processor=processors,
-            stopping_criteria=StoppingCriteriaList([Stop(self, length)]),
-            synced_gpus=self.synced,
         )
+        own, self.model.generation_config = self.model.generation_config, plain  # the model's own sampling, penalties
+        try:
+            generated = cast(Any, self.model).generate(
+                input_ids=torch.tensor(rows, device=device),
+                attention_mask=torch.tensor(mask, device=device),
+                logits_processor=processors,
+                stopping_criteria=StoppingCriteriaList([Stop(self, length)]),
+                synced_gpus=self.synced,
+            )
+        finally:
+            self.model.generation_config = own
         return [self.ended(answer) for answer in generated[:, length:].tolist()]
 
     def text(self, answer: Sequence[int]) -> str:
@@ -89,10 +96,16 @@ class Generator:
 
     def ended(self, answer: list[int]) -> list[int]:
         """Without what fills a row up after the answer has ended."""
-        for count, id in enumerate(answer, start=1):
-            if id in self.ends or (id == self.pad_id and self.stopped(answer[: count - 1])):
-                return answer[:count] if id in self.ends else answer[: count - 1]
+        for at, id in enumerate(answer):
+            if id in self.ends:
+                return answer[: at + 1]
+            if id == self.pad_id and self.stopped(answer[:at]):
+                return answer[:at]
         return answer
+
+
+def ids_of(special: int | list[int] | None) -> set[int]:
+    return set() if special is None else {special} if isinstance(special, int) else set(special)
 
 
 class Stop(StoppingCriteria):

@@ -7,6 +7,11 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 
+def shown(metric: str, value: float) -> str:
+    """A score as people read it: losses and perplexities as they are, all else in percent."""
+    return f"{value:.3f}" if metric in ("loss", "perplexity") else f"{100 * value:.1f}"
+
+
 @dataclass(frozen=True, slots=True)
 class Opening:
     """What opening an expert did.

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from lorasc_ds import run_directory
 from lorasc_ds.errors import PreemptedError, RunError
-from lorasc_ds.reports import StepReport
+from lorasc_ds.reports import StepReport, shown
 from lorasc_ds.tasks import Scores
 from lorasc_ds.watch import LossWatch
 
@@ -294,7 +294,7 @@ class Tracker:
             self.headed = True
             self.say(" | ".join((f"{self.headline:<15}", *(f"{split:>5}" for split in scores), "dev loss")))
         cells = (
-            f"{show(self.headline, of_split[self.headline]):>{max(5, len(split))}}"
+            f"{shown(self.headline, of_split[self.headline]):>{max(5, len(split))}}"
             for split, of_split in scores.items()
         )
         self.say(" | ".join((f"{when:<15}", *cells, f"{scores['dev']['loss']:8.3f}")))
@@ -324,14 +324,10 @@ def without_nan(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def show(metric: str, value: float) -> str:
-    return f"{100 * value:.1f}" if metric == "accuracy" else f"{value:.3f}"
-
-
 def results_table(before: Scores, after: Scores) -> str:
     """Every split and metric before and after training."""
     rows = [
-        (split, metric, show(metric, before[split][metric]), show(metric, after[split][metric]))
+        (split, metric, shown(metric, before[split][metric]), shown(metric, after[split][metric]))
         for split in after
         for metric in after[split]
     ]

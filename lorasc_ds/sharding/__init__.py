@@ -29,6 +29,8 @@ __all__ = [
     "Slice",
     "detect",
     "failing_together",
+    "overwriting",
+    "place",
     "prepare_engine",
     "reach",
     "sharded_loading",
@@ -85,6 +87,25 @@ def prepare_engine(
     if accelerator.state.deepspeed_plugin is None:
         return TorchEngine(model, optimizer, processes), backend
     return DeepSpeedEngine(model, processes), backend
+
+
+def place(accelerator: Accelerator, launch: Launch, model: nn.Module) -> nn.Module:
+    """A model that is only to be scored, where it computes; under ZeRO-3 in an engine that gathers its weights."""
+    if launch.stage == 3:
+        return accelerator.prepare(model)
+    return model.to(accelerator.device)
+
+
+@contextmanager
+def overwriting(launch: Launch, parameter: nn.Parameter) -> Iterator[bool]:
+    """Inside, a parameter that no engine has been given yet may be set; says whether this process is to do it."""
+    if launch.stage != 3:
+        yield True
+        return
+    from deepspeed.runtime.zero import GatheredParameters
+
+    with GatheredParameters([parameter], modifier_rank=0):
+        yield launch.rank == 0
 
 
 def reach(optimizer: Any, processes: Processes, weights: Sequence[nn.Parameter], merge_path: str) -> Backend:

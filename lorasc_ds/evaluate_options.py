@@ -1,0 +1,190 @@
+"""What `launch/evaluate.py` takes: its flags, without torch, so that `--help` is quick."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from lorasc_ds.cli import Parser, build_task, did_you_mean, load_yaml, meaning, task_fields
+from lorasc_ds.errors import ConfigError
+from lorasc_ds.task_config import TaskConfig
+
+
+@dataclass(frozen=True, slots=True)
+class HarnessOptions:
+    """Tasks of lm-evaluation-harness.
+
+    Args:
+        include_path: a folder with task files of one's own.
+        shots: None: each task's own number.
+    """
+
+    tasks: tuple[str, ...] = ()
+    include_path: Path | None = None
+    shots: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluateOptions:
+    """What the command line asks for.
+
+    Args:
+        subject: hub id or folder of a model, folder of a PEFT adapter, or run directory.
+        expert: of a run; None: what it ships, or all experts that closed.
+        base: the model under an adapter; None: the one that its configuration names.
+        dtype: None: the run's, or bfloat16 on a GPU and float32 without.
+        tasks: settings by task.
+        splits: what is scored, where a task has it; else all that it has but `train`.
+        limit: examples of every split and group; None: all.
+        records: whether to write `records.jsonl`.
+    """
+
+    subject: str
+    output_dir: Path
+    expert: int | None
+    base: str | None
+    revision: str | None
+    trust_remote_code: bool
+    dtype: str | None
+    tasks: tuple[TaskConfig, ...]
+    splits: tuple[str, ...]
+    limit: int | None
+    batch_size: int
+    max_length: int | None
+    share_prefixes: bool
+    seed: int
+    records: bool
+    deepspeed: Path | None
+    ddp_timeout: int
+    harness: HarnessOptions = field(default_factory=HarnessOptions)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = Parser(
+        prog="evaluate.py",
+        description="Score a model, an adapter or a run, at any of its experts, on many tasks.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("subject", metavar="SUBJECT", help="hub id or folder of a model, folder of a PEFT adapter, or run directory")
+    add("--output_dir", type=Path, required=True, metavar="OUT", help="a folder that does not exist yet")
+    add("--tasks", metavar="NAME[,NAME]", help="what to score on (default: the task of the run)")
+    add(
+        "--data_dir",
+        type=Path,
+        metavar="DIR",
+        help="folder with a folder of original release files per task, by its name; a task without one comes from"
+        " the hub",
+    )
+    add("--expert", type=int, metavar="K", help="of a run: after K experts (default: what it ships)")
+    add("--base", metavar="MODEL", help="the model under an adapter (default: the one that its configuration names)")
+    add("--revision", help="branch, tag or commit of a hub model")
+    add("--trust_remote_code", action="store_true", help="run Python code that comes with the model")
+    add("--dtype", choices=("float32", "bfloat16"), help="default: the run's; else bfloat16 on a GPU, float32 without")
+    add("--splits", default="test", metavar="NAME[,NAME]", help="default: test, or all but train where there is none")
+    add("--limit", type=int, metavar="N", help="examples of every split, and of every subject in it (default: all)")
+    add("--batch_size", type=int, default=16, metavar="N", help="rows that the model reads at once (default: 16)")
+    add("--max_length", type=int, metavar="N", help="longest sequence in tokens (default: the task's)")
+    add(
+        "--share_prefixes",
+        choices=("true", "false"),
+        default="true",
+        help="read what the candidates of a question begin with once (default: true, where the model can)",
+    )
+    add("--seed", type=int, default=0, metavar="N", help="of samples of examples, and of sampling (default: 0)")
+    add("--records", action="store_true", help="write records.jsonl: every example with its prediction")
+    add("--confirm_run_unsafe_code", action="store_true", help="run the programs that a model writes for humaneval")
+    add(
+        "--sandbox", metavar="KIND", help="what keeps such a program from network and files: auto, unshare, bwrap, none"
+    )
+    add("--harness_tasks", default="", metavar="NAME[,NAME]", help="tasks of lm-evaluation-harness, extra [eval]")
+    add("--harness_include_path", type=Path, metavar="DIR", help="folder with task files of your own for the harness")
+    add("--harness_shots", type=int, metavar="N", help="demonstrations there (default: each task's)")
+    add(
+        "--deepspeed", type=Path, metavar="JSON", help="DeepSpeed settings, as in ds_configs/; ZeRO-3 cuts the model up"
+    )
+    add("--ddp_timeout", type=int, default=1800, metavar="SECONDS", help="that a process waits for the others")
+    add("--local_rank", type=int, help=argparse.SUPPRESS)
+    group = parser.add_argument_group("settings of the tasks")
+    for name, fields in task_fields().items():
+        for key, one in fields.items():
+            group.add_argument(f"--{name}.{key}", metavar="VALUE", help=meaning([one]).replace("%", "%%"))
+    return parser
+
+
+def parse(arguments: Sequence[str]) -> EvaluateOptions:
+    """
+    Raises:
+        ConfigError: an unknown flag or task, or an impossible value.
+    """
+    parser = make_parser()
+    options, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        flags = [option for action in parser._actions for option in action.option_strings]
+        raise ConfigError(f"unknown argument {unknown[0]}{did_you_mean(unknown[0].split('=')[0], flags)}")
+    least = {"expert": 1, "limit": 1, "batch_size": 1, "max_length": 2, "seed": 0, "harness_shots": 0, "ddp_timeout": 1}
+    for key, lowest in least.items():
+        value = getattr(options, key)
+        if value is not None and value < lowest:
+            raise ConfigError(f"--{key} is {value}: a number from {lowest} on is needed")
+    if options.output_dir.exists():
+        raise ConfigError(f"--output_dir {options.output_dir} exists: give a folder that does not exist yet")
+    harness = HarnessOptions(listed(options.harness_tasks), options.harness_include_path, options.harness_shots)
+    return EvaluateOptions(
+        subject=options.subject,
+        output_dir=options.output_dir,
+        expert=options.expert,
+        base=options.base,
+        revision=options.revision,
+        trust_remote_code=options.trust_remote_code,
+        dtype=options.dtype,
+        tasks=tasks_of(options, bool(harness.tasks)),
+        splits=listed(options.splits),
+        limit=options.limit,
+        batch_size=options.batch_size,
+        max_length=options.max_length,
+        share_prefixes=options.share_prefixes == "true",
+        seed=options.seed,
+        records=options.records,
+        deepspeed=options.deepspeed,
+        ddp_timeout=options.ddp_timeout,
+        harness=harness,
+    )
+
+
+def listed(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def tasks_of(options: argparse.Namespace, harness: bool) -> tuple[TaskConfig, ...]:
+    """The tasks that are asked for, with their settings: those of the run for its own task."""
+    recipe = Path(options.subject) / "config.yaml"
+    own = load_yaml(recipe)[0].get("task", {}) if recipe.is_file() else {}
+    names = listed(options.tasks or ("" if harness else own.get("name", "")))
+    if not names and not harness:
+        raise ConfigError(f"--tasks is needed: {options.subject} is no run directory whose task could be taken")
+    fields = task_fields()
+    found = []
+    for name in names:
+        settings = {key: value for key, value in own.items() if key != "name"} if own.get("name") == name else {}
+        folder = folder_of(options.data_dir, name)
+        if folder is not None and "data_dir" in fields.get(name, {}):
+            settings = settings | {"data_dir": str(folder)}
+        if name == "humaneval":
+            settings = settings | {"confirm_run_unsafe_code": options.confirm_run_unsafe_code}
+            settings = settings | ({"sandbox": options.sandbox} if options.sandbox else {})
+        given = {key: getattr(options, f"{name}.{key}") for key in fields.get(name, {})}
+        found.append(build_task(name, settings, {key: text for key, text in given.items() if text is not None}))
+    return tuple(found)
+
+
+def folder_of(data_dir: Path | None, task: str) -> Path | None:
+    """The folder of a task's files, there or one folder deeper, in any case; None where there is none."""
+    if data_dir is None:
+        return None
+    if not data_dir.is_dir():
+        raise ConfigError(f"--data_dir {data_dir} is no folder: give one that holds a folder per task")
+    folders = [*sorted(data_dir.iterdir()), *sorted(data_dir.glob("*/*"))]
+    return next((path for path in folders if path.is_dir() and path.name.lower() == task), None)

@@ -1,0 +1,123 @@
+"""What is scored: a model, an adapter on one, or a run at one of its experts; and its weights in memory."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from transformers import PreTrainedModel
+
+from lorasc_ds import models
+from lorasc_ds.adapters import other_matrices, with_adapter
+from lorasc_ds.config import ModelConfig
+from lorasc_ds.errors import ConfigError
+from lorasc_ds.evaluate_options import EvaluateOptions
+from lorasc_ds.exported_run import ExportedRun, Replay, open_run
+from lorasc_ds.pretrained import open_pretrained
+from lorasc_ds.sharding import Launch, overwriting, place, sharded_loading
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """What is scored.
+
+    Args:
+        description: of it, for the table and the record.
+        model: whose files are loaded.
+        adapter: folder of a PEFT adapter that is put on it.
+        run: whose ledger is replayed onto it.
+    """
+
+    description: str
+    model: ModelConfig
+    adapter: Path | None = None
+    run: ExportedRun | None = None
+
+
+def subject_of(options: EvaluateOptions) -> Subject:
+    """
+    Raises:
+        ConfigError: there is no such expert, or flags do not fit the subject.
+        LedgerError: the run's ledger is damaged.
+    """
+    folder = Path(options.subject)
+    is_run, is_adapter = (folder / "config.yaml").is_file(), (folder / "adapter_config.json").is_file()
+    if options.expert is not None and not is_run:
+        raise ConfigError(f"--expert {options.expert}: {options.subject} is no run directory; leave --expert out")
+    if options.base is not None and not is_adapter:
+        raise ConfigError(f"--base {options.base}: {options.subject} is no PEFT adapter; leave --base out")
+    dtype = options.dtype or ("bfloat16" if torch.cuda.is_available() else "float32")
+    if is_run:
+        return run_of(options, folder)
+    named = {"revision": options.revision, "dtype": dtype, "trust_remote_code": options.trust_remote_code}
+    if is_adapter:
+        base = options.base or base_of(folder)
+        model = ModelConfig.model_validate({"name_or_path": base, **named})
+        return Subject(f"adapter {folder} on {base}", model, adapter=folder)
+    model = ModelConfig.model_validate({"name_or_path": options.subject, **named})
+    return Subject(f"model {options.subject}", model)
+
+
+def base_of(adapter: Path) -> str:
+    """The model that an adapter says it belongs to."""
+    try:
+        name = json.loads((adapter / "adapter_config.json").read_text()).get("base_model_name_or_path")
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{adapter / 'adapter_config.json'} cannot be read: {error}; give a whole adapter") from error
+    if not name:
+        raise ConfigError(f"{adapter / 'adapter_config.json'} names no base model: give --base")
+    return name
+
+
+def run_of(options: EvaluateOptions, folder: Path) -> Subject:
+    """A run as it ships, or after the expert that is asked for."""
+    if options.revision is not None:
+        raise ConfigError(f"--revision {options.revision}: {folder} is a run, which knows its model's; leave it out")
+    run = open_run(folder, options.expert, noise=True)
+    if options.dtype not in (None, run.model.dtype):
+        raise ConfigError(
+            f"--dtype {options.dtype}: the weights of {folder} are {run.model.dtype}; leave --dtype out, or export it"
+        )
+    shipped = folder / "model"
+    if options.expert is None and run.summary is not None and (shipped / "config.json").is_file():
+        model = run.model.model_copy(update={"name_or_path": str(shipped), "revision": None})
+        return Subject(f"run {folder}, as it ships ({run.summary['shipped']['select']})", model)
+    return Subject(f"run {folder}, after expert {run.expert} of {len(run.ledger.experts)}", run.model, run=run)
+
+
+def load(subject: Subject, launch: Launch, accelerator: Accelerator) -> tuple[PreTrainedModel, nn.Module]:
+    """The model with its weights, and what a forward pass goes through, which under ZeRO-3 is an engine.
+
+    Raises:
+        ConfigError: it cannot be loaded.
+        LedgerError: the run's ledger does not belong to it.
+    """
+    with sharded_loading(launch, accelerator, subject.model.dtype):
+        model = models.load_model(subject.model)
+    if subject.run is not None:
+        replay_onto(model, subject.run, launch)
+    if subject.adapter is not None:
+        with models.loading(f"the adapter {subject.adapter}", subject.model):
+            model = cast(PreTrainedModel, cast(Any, with_adapter(model, subject.adapter)).get_base_model())
+    model.requires_grad_(False)
+    return model.eval(), place(accelerator, launch, model)
+
+
+def replay_onto(model: PreTrainedModel, run: ExportedRun, launch: Launch) -> None:
+    """Set the weights that the run changed to what they were after its expert, one at a time."""
+    ledger = run.ledger
+    parameters = other_matrices(model, [])
+    replay: Replay | None = None
+    if launch.stage != 3 or launch.rank == 0:
+        replay = Replay(run, open_pretrained(run.model, {*ledger.weights, *ledger.noised}).tensor)
+    for name in sorted({*ledger.weights, *ledger.noised}):
+        with overwriting(launch, parameters[name]) as mine, torch.no_grad():
+            if mine and replay is not None:
+                parameters[name].copy_(replay(name))
+    if replay is not None:
+        replay.finish()

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from transformers import PreTrainedTokenizerBase
 
+from lorasc_ds.duration import duration_lines
 from lorasc_ds.encoding import EncodedExample, ScoredTokens
 from lorasc_ds.memory import (
     FREE_SHARE,
@@ -45,7 +46,15 @@ def report(preparation: Preparation, gpu_memory: int) -> str:
         gpu_memory: bytes that each GPU has.
     """
     return "\n".join(
-        ("", *memory_lines(preparation, gpu_memory), "", *step_lines(preparation), "", *preview_lines(preparation))
+        (
+            *duration_lines(preparation),
+            "",
+            *memory_lines(preparation, gpu_memory),
+            "",
+            *step_lines(preparation),
+            "",
+            *preview_lines(preparation),
+        )
     )
 
 

@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from lorasc_ds.cli import Parser, build_task, did_you_mean, load_yaml, meaning, task_fields
 from lorasc_ds.errors import ConfigError
@@ -47,7 +48,7 @@ class EvaluateOptions:
     base: str | None
     revision: str | None
     trust_remote_code: bool
-    dtype: str | None
+    dtype: Literal["float32", "bfloat16"] | None
     tasks: tuple[TaskConfig, ...]
     splits: tuple[str, ...]
     limit: int | None

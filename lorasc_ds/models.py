@@ -189,6 +189,13 @@ def longest_sequence(model: PreTrainedModel) -> int | None:
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
+def forward_parameters(model: PreTrainedModel) -> int:
+    """Parameters that every token is multiplied by: all but the embedding, unless that is the head too."""
+    whole = sum(parameter.numel() for parameter in model.parameters())
+    tied = getattr(model.config.get_text_config(), "tie_word_embeddings", False)
+    return whole if tied else whole - cast(Tensor, model.get_input_embeddings().weight).numel()
+
+
 def vocabulary_size(model: PreTrainedModel) -> int:
     """Rows of the embedding: every token id must be smaller."""
     return cast(Tensor, model.get_input_embeddings().weight).shape[0]

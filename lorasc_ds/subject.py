@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from accelerate import Accelerator
@@ -51,16 +51,16 @@ def subject_of(options: EvaluateOptions) -> Subject:
         raise ConfigError(f"--expert {options.expert}: {options.subject} is no run directory; leave --expert out")
     if options.base is not None and not is_adapter:
         raise ConfigError(f"--base {options.base}: {options.subject} is no PEFT adapter; leave --base out")
-    dtype = options.dtype or ("bfloat16" if torch.cuda.is_available() else "float32")
+    dtype: Literal["float32", "bfloat16"] = options.dtype or ("bfloat16" if torch.cuda.is_available() else "float32")
     if is_run:
         return run_of(options, folder)
-    named = {"revision": options.revision, "dtype": dtype, "trust_remote_code": options.trust_remote_code}
+    name = (options.base or base_of(folder)) if is_adapter else options.subject
+    model = ModelConfig(
+        name_or_path=name, revision=options.revision, dtype=dtype, trust_remote_code=options.trust_remote_code
+    )
     if is_adapter:
-        base = options.base or base_of(folder)
-        model = ModelConfig.model_validate({"name_or_path": base, **named})
-        return Subject(f"adapter {folder} on {base}", model, adapter=folder)
-    model = ModelConfig.model_validate({"name_or_path": options.subject, **named})
-    return Subject(f"model {options.subject}", model)
+        return Subject(f"adapter {folder} on {name}", model, adapter=folder)
+    return Subject(f"model {name}", model)
 
 
 def base_of(adapter: Path) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -132,6 +133,8 @@ def parse(arguments: Sequence[str]) -> EvaluateOptions:
             raise ConfigError(f"--{key} is {value}: a number from {lowest} on is needed")
     if options.output_dir.exists():
         raise ConfigError(f"--output_dir {options.output_dir} exists: give a folder that does not exist yet")
+    if options.harness_tasks and importlib.util.find_spec("lm_eval") is None:
+        raise ConfigError("--harness_tasks needs lm-evaluation-harness: pip install -e '.[eval]'")
     harness = HarnessOptions(listed(options.harness_tasks), options.harness_include_path, options.harness_shots)
     return EvaluateOptions(
         subject=options.subject,

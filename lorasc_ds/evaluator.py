@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
-from lorasc_ds import harness, models, run_directory
+from lorasc_ds import models, run_directory
 from lorasc_ds.data import Layout
 from lorasc_ds.encoding import EncodedExample, Encoder
 from lorasc_ds.evaluate_options import EvaluateOptions
@@ -27,7 +27,7 @@ from lorasc_ds.reports import shown
 from lorasc_ds.sharding import Processes, detect, failing_together, speaking_once_per_node, start
 from lorasc_ds.subject import Subject, load, subject_of
 from lorasc_ds.task_config import TaskConfig, TextConfig
-from lorasc_ds.tasks import Example, Task, load_task
+from lorasc_ds.tasks import Example, Scores, Task, load_task
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +126,6 @@ def evaluate_all(options: EvaluateOptions) -> None:
         disable_progress_bar()
     with speaking_once_per_node(lambda: False):
         launch = detect(options.deepspeed)
-        harness.check(options.harness)
         subject = subject_of(options)
         tokenizer, shape = models.load_tokenizer(subject.model), models.load_shape(subject.model)
         tasks = [encoded(config, options, tokenizer, shape) for config in options.tasks]
@@ -151,13 +150,38 @@ def evaluate_all(options: EvaluateOptions) -> None:
         synced = launch.stage == 3
         scorer = Scorer(options, engine, model, tokenizer, processes, layout, synced, records)
         found = {one.config.name: told(one, scorer.score(one), processes.main) for one in tasks}
-        theirs = harness.score(options, model, tokenizer, processes, sharded=synced)
+        theirs = harness_scores(scorer) if options.harness.tasks else {}
         if folder is not None:
             summary = {**described(subject, options, launch.world_size, launch.stage), "tasks": found}
             write(folder, summary | ({"harness": theirs} if theirs else {}), records)
             print(table(found, theirs))
             print(f"written   {options.output_dir}")
     accelerator.end_training()
+
+
+def harness_scores(scorer: Scorer) -> Scores:
+    """The metrics of the tasks of lm-evaluation-harness that are asked for."""
+    from lorasc_ds import harness  # an extra, and slow to import
+
+    options, records = scorer.options, scorer.records
+
+    def keep(task: str, record: dict[str, Any]) -> None:
+        assert records is not None
+        records.append(json.dumps({"task": task} | record, ensure_ascii=False) + "\n")
+
+    return harness.score(
+        scorer.model,
+        scorer.tokenizer,
+        options.harness.tasks,
+        processes=scorer.processes,
+        batch_size=options.batch_size,
+        include_path=options.harness.include_path,
+        shots=options.harness.shots,
+        limit=options.limit,
+        sharded=scorer.synced,
+        say=lambda line: print(f"          {line}", flush=True),
+        record=None if records is None else keep,
+    )
 
 
 def encoded(
@@ -221,7 +245,7 @@ def write(folder: Path, summary: dict[str, Any], records: list[str] | None) -> N
         (folder / "records.jsonl").write_text("".join(records), encoding="utf-8")
 
 
-def table(tasks: dict[str, dict[str, Any]], theirs: dict[str, dict[str, float]]) -> str:
+def table(tasks: dict[str, dict[str, Any]], theirs: Scores) -> str:
     """Every task, split and metric; the groups are in `summary.json` alone."""
     rows = [
         (name, split, str(result["examples"][split]), metric, shown(metric, value))

@@ -63,6 +63,7 @@ SETTINGS = {
     "task.test_examples": 2,
     "training.epochs": 3,
     "training.batch_size": BATCH,
+    "training.eval_batch_size": 3,  # dev is two batches
     "training.learning_rate": LEARNING_RATE,
     "training.max_grad_norm": "null",
 }
@@ -199,7 +200,7 @@ def load(
     launch = Launch(rank, case.world_size, engine)
     preparation = prepare(config, rank, case.world_size)
     for split in preparation.task.evaluation_splits[1:]:  # scored as dev is
-        del preparation.task.splits[split]
+        del preparation.splits[split]
     accelerator = start(
         launch,
         micro_batch_size=preparation.data.micro_batch_size,

@@ -20,6 +20,8 @@ from safetensors.torch import load_file
 from lorasc_ds.algorithm.ledger import Ledger, digest
 from lorasc_ds.models import QUICKSTART_BASE
 
+pytestmark = pytest.mark.timeout(600)  # the first of these tests waits for all launchers, each up to 200 s
+
 SMALL = [
     "--training.epochs=2",
     "--task.train_examples=12",

@@ -6,6 +6,7 @@ pairs to merge, then trained for three experts of three steps and scored between
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import json
 import os
@@ -54,6 +55,7 @@ from lorasc_ds.trainer import Trainer
 
 RECIPE = Path(__file__).parents[1] / "launch" / "recipes" / "quickstart.yaml"
 BATCH = 12
+M_MMAP_THRESHOLD = -3  # of malloc.h
 SETTINGS = {
     "adapter.rank": RANK,
     "cascade.slow_retention": 0.6,
@@ -63,6 +65,7 @@ SETTINGS = {
     "task.test_examples": 2,
     "training.epochs": 3,
     "training.batch_size": BATCH,
+    "training.eval_batch_size": 3,  # dev is two batches
     "training.learning_rate": LEARNING_RATE,
     "training.max_grad_norm": "null",
 }
@@ -199,7 +202,7 @@ def load(
     launch = Launch(rank, case.world_size, engine)
     preparation = prepare(config, rank, case.world_size)
     for split in preparation.task.evaluation_splits[1:]:  # scored as dev is
-        del preparation.task.splits[split]
+        del preparation.splits[split]
     accelerator = start(
         launch,
         micro_batch_size=preparation.data.micro_batch_size,
@@ -284,8 +287,11 @@ def run_case(case: Case, model: Path, folder: Path, rank: int) -> dict[str, Any]
     return found
 
 
-def main(group: str, folder: Path, model: Path, wide_model: Path) -> None:
+def main(group: str, *paths: str) -> None:
+    folder, model, wide_model = map(Path, paths)
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if group.startswith("loading"):
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 131072)  # what is freed is given back
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True, warn_only=True)
     quieten_deepspeed()  # else a fresh home directory sees a compilation, as without `detect`
@@ -310,4 +316,4 @@ def main(group: str, folder: Path, model: Path, wide_model: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], *map(Path, sys.argv[2:]))
+    main(*sys.argv[1:])

@@ -17,7 +17,7 @@ from lorasc_ds.algorithm.ledger import Ledger
 from lorasc_ds.checkpoint import Checkpoints
 from lorasc_ds.errors import DivergedError
 from lorasc_ds.live_weights import LiveWeights
-from lorasc_ds.train import main
+from lorasc_ds.train import main as train
 
 RECIPE = Path(__file__).parents[1] / "launch" / "recipes" / "quickstart.yaml"
 
@@ -54,10 +54,14 @@ FAULTS = {
     "death": (Ledger, "closed", die),  # as a run is taken up again
 }
 
-if __name__ == "__main__":
-    place, rank = sys.argv[1], sys.argv[2]
+
+def main(place: str, rank: str, *arguments: str) -> int:
     owner, name, fault = FAULTS[place]
     assert hasattr(owner, name)
     if os.environ["RANK"] == rank and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
         setattr(owner, name, fault)
-    sys.exit(main(sys.argv[3:], RECIPE))
+    return train(list(arguments), RECIPE)
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

@@ -1,4 +1,4 @@
-"""Runs that are interrupted at a named point, each in a process of its own, forked from one that has imported it all.
+"""Runs that are interrupted at a named point, each in a process of its own, forked from this one.
 
 A point is `NAME#N:before` or `NAME#N:after`: the N-th call of something, counted over the run, where NAME of what is done
 to a file has its path in the run directory. `interruptions.py FILE` carries out the list of runs in FILE, one after the
@@ -20,16 +20,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import deepspeed  # noqa: F401  (these are imported when first used; here, once for all runs)
-import sklearn.datasets  # noqa: F401
-import transformers.models.llama.modeling_llama  # noqa: F401
-
 from lorasc_ds import evaluation, models
 from lorasc_ds.algorithm import merge
 from lorasc_ds.algorithm.ledger import Ledger
 from lorasc_ds.cascade import Boundaries
 from lorasc_ds.live_weights import LiveWeights
-from lorasc_ds.train import main
+from lorasc_ds.train import main as train
 from lorasc_ds.trainer import Trainer
 
 RECIPE = Path(__file__).parents[1] / "launch" / "recipes" / "quickstart.yaml"
@@ -120,7 +116,7 @@ def forked(case: dict[str, Any]) -> dict[str, Any]:
             for stream, number in (("out", 1), ("err", 2)):
                 os.dup2(os.open(files[stream], os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
             instrument(case.get("point"), case.get("action", "kill"), files["points"], directory)
-            code = main(case["arguments"], RECIPE)
+            code = train(case["arguments"], RECIPE)
         except BaseException:
             traceback.print_exc()
         finally:
@@ -140,7 +136,11 @@ def forked(case: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-if __name__ == "__main__":
-    cases = json.loads(Path(sys.argv[1]).read_text())
+def main(file: str) -> None:
+    cases = json.loads(Path(file).read_text())
     results = [forked(case) for case in cases]
-    Path(f"{sys.argv[1]}.done").write_text(json.dumps(results))
+    Path(f"{file}.done").write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

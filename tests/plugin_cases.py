@@ -346,7 +346,9 @@ def run_case(case: Case, model: Path, folder: Path, rank: int, preparations: lis
     return found
 
 
-def main(folder: Path, model: Path) -> None:
+def main(*arguments: str) -> None:
+    """`FOLDER MODEL`, and what the names of the cases are to contain."""
+    folder, model, words = Path(arguments[0]), Path(arguments[1]), arguments[2:]
     rank = int(os.environ["RANK"])
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -354,7 +356,7 @@ def main(folder: Path, model: Path) -> None:
     training_args.is_torch_bf16_gpu_available = lambda: True  # it asks for a GPU, which DeepSpeed does not need
     preparations = [preparation_of(model, SETTINGS | WHOLE_STEPS, one, WORLD_SIZE) for one in range(WORLD_SIZE)]
     for case in cases():
-        if len(sys.argv) > 3 and not any(word in case.name for word in sys.argv[3:]):
+        if words and not any(word in case.name for word in words):
             continue
         began = time.perf_counter()
         (folder / case.name).mkdir(exist_ok=True)
@@ -374,4 +376,4 @@ def main(folder: Path, model: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main(*sys.argv[1:])

@@ -151,7 +151,9 @@ def test_the_accumulator_s_place_changes_nothing(run: Start, where: str) -> None
     assert digest(weight for _, weight in ledger.replay(base.__getitem__)) == done.summary["weights_sha256"]
 
 
-def test_nothing_grows_over_ten_boundaries(tmp_path: Path) -> None:
+def test_nothing_grows_over_ten_boundaries(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    gc.freeze()  # what there is already is not looked through at every collection
+    request.addfinalizer(gc.unfreeze)
     trainer = make_trainer(tmp_path, **{"cascade.experts": 12, "training.epochs": 4, "model.dtype": "bfloat16"})
 
     def live_bytes() -> int:

@@ -6,18 +6,14 @@ The runs are those of `engine_cases.py`, looped inside one set of processes per 
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT
 from engine_cases import Case, cases, make_trainer
 from engine_measures import merged_from_given_pairs, trained
+from forking import Job, group, run
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lorasc_ds.quickstart.make_base import make_tokenizer
@@ -28,12 +24,6 @@ CASES = {case.name: case for case in cases()}
 EQUALITIES = [case for case in CASES.values() if case.measure == "equality"]
 TRAINED = [case for case in CASES.values() if case.measure in ("equality", "method")]
 RESTARTS = [case for case in CASES.values() if case.looks_at_the_restart]
-
-
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return one.getsockname()[1]
 
 
 def save_model(folder: Path, hidden_size: int, head_dim: int, layers: int) -> Path:
@@ -73,46 +63,19 @@ class Results:
 
     def __getitem__(self, case: Case) -> dict[str, Any]:
         # What is resident is measured in processes of its own, whose memory shows what was freed.
-        group = f"loading{case.world_size}" if case.measure == "loading" else f"world{case.world_size}"
-        if group not in self.logs:
-            self.logs[group] = self.start(group, case.world_size)
+        name = f"loading{case.world_size}" if case.measure == "loading" else f"world{case.world_size}"
+        if name not in self.logs:
+            self.logs[name] = self.start(name, case.world_size)
         path = self.folder / f"{case.name}.json"
-        assert path.is_file(), f"the processes ended before this case: {self.logs[group][-3000:]}"
+        assert path.is_file(), f"the processes ended before this case: {self.logs[name][-3000:]}"
         found = json.loads(path.read_text())
         assert "error" not in found, found["error"]
         return found
 
-    def start(self, group: str, world_size: int) -> str:
-        common = os.environ | {
-            "WORLD_SIZE": str(world_size),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(free_port()),
-            "OMP_NUM_THREADS": "1",
-        }
-        if group.startswith("loading"):
-            common["MALLOC_MMAP_THRESHOLD_"] = "131072"  # what is freed is given back
-        log = self.folder / f"{group}.log"
-        arguments = [group, *(str(path) for path in (self.folder, self.model, self.wide_model))]
-        with log.open("w") as file:
-            processes = [
-                subprocess.Popen(
-                    [sys.executable, str(ROOT / "tests" / "engine_cases.py"), *arguments],
-                    env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-                    stdout=file,
-                    stderr=file,
-                )
-                for rank in range(world_size)
-            ]
-            try:
-                for process in processes:
-                    process.wait(timeout=900)
-            except subprocess.TimeoutExpired:
-                file.write("timed out\n")
-            finally:
-                for process in processes:
-                    process.kill()
-                    process.wait()
-        return log.read_text()
+    def start(self, name: str, world_size: int) -> str:
+        arguments = [name, *(str(path) for path in (self.folder, self.model, self.wide_model))]
+        (ended,) = run(Job("engine_cases:main", arguments, str(self.folder / f"{name}.log"), 900, group(world_size)))
+        return "\n".join(ended.err)
 
 
 @pytest.fixture(scope="session")

@@ -10,13 +10,11 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT
+from forking import Job, run
 
 RUN = [
     "--training.epochs=2",
@@ -55,10 +53,8 @@ FULL = [f"fsync {SAVE}/tensors.safetensors#1:before"]
 def carry_out(cases: list[dict[str, Any]], folder: Path, seconds: float) -> list[dict[str, Any]]:
     file = folder / "cases.json"
     file.write_text(json.dumps(cases))
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    subprocess.run(
-        [sys.executable, "tests/interruptions.py", str(file)], cwd=ROOT, env=environment, timeout=seconds, check=True
-    )
+    (ended,) = run(Job("interruptions:main", [str(file)], str(folder / "log"), seconds))
+    assert ended.codes == [0], ended.err
     return json.loads(Path(f"{file}.done").read_text())
 
 

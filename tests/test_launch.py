@@ -113,31 +113,60 @@ def test_tensorboard_has_one_run_with_every_curve(launched: Launched) -> None:
     assert hparams == {"_hparams_/experiment", "_hparams_/session_start_info", "_hparams_/session_end_info"}
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_the_run_in_order(tmp_path: Path, signum: signal.Signals) -> None:
-    directory = tmp_path / "run"
-    command = [sys.executable, "launch/train.py", f"--output_dir={directory}", *SMALL, "--training.epochs=9999"]
-    with subprocess.Popen(
-        command, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    ) as process:
-        assert process.stdout is not None
-        while not process.stdout.readline().startswith(b"expert 2/"):
-            assert process.poll() is None
-        process.send_signal(signum)
-        errors = process.communicate(timeout=60)[1].decode()
-    assert process.returncode == 75
+SIGNALS = [signal.SIGINT, signal.SIGTERM]
+
+
+@pytest.fixture(scope="module")
+def signalled(tmp_path_factory: pytest.TempPathFactory) -> dict[signal.Signals, tuple[int, str, Path]]:
+    """Exit code, errors and directory of a run each, both at once, that got a signal in its second expert."""
+    folder = tmp_path_factory.mktemp("signalled")
+    command = [sys.executable, "launch/train.py", *SMALL, "--training.epochs=9999"]
+    running = {
+        signum: subprocess.Popen(
+            [*command, f"--output_dir={folder / signum.name}"],
+            cwd=ROOT,
+            env=ENVIRONMENT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        for signum in SIGNALS
+    }
+    found = {}
+    try:
+        for signum, process in running.items():
+            assert process.stdout is not None
+            while not process.stdout.readline().startswith(b"expert 2/"):
+                assert process.poll() is None
+            process.send_signal(signum)
+        for signum, process in running.items():
+            errors = process.communicate(timeout=60)[1].decode()
+            found[signum] = process.returncode, errors, folder / signum.name
+    finally:
+        for process in running.values():
+            process.kill()
+            process.wait()
+    return found
+
+
+@pytest.mark.parametrize("signum", SIGNALS)
+def test_a_signal_ends_the_run_in_order(
+    signum: signal.Signals, signalled: dict[signal.Signals, tuple[int, str, Path]]
+) -> None:
+    code, errors, directory = signalled[signum]
+    assert code == 75
     assert f"asked to stop: {signum.name}; left after step " in errors
     assert "Traceback" not in errors
     status = json.loads((directory / "status.json").read_text())
     assert (status["state"], status["exit_code"]) == ("preempted", 75)
 
 
-def test_an_error_is_one_line_with_its_code_and_reaches_the_user_through_the_launcher(tmp_path: Path) -> None:
+def test_an_error_is_one_line_with_its_code_and_reaches_the_user_through_the_launcher() -> None:
     """accelerate turns every code into 1 and adds its own traceback; plain Python keeps the code and adds nothing."""
     line = "error: adapter.rank is 0 (--adapter.rank): needs to be greater than or equal to 1\n"
     plain = [sys.executable, "launch/train.py", "--adapter.rank=0"]
-    result = subprocess.run(plain, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=100, check=False)
-    assert (result.returncode, result.stderr) == (2, line)
-    launched = launch("--adapter.rank=0")
+    with subprocess.Popen(plain, cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True) as process:
+        launched = launch("--adapter.rank=0")
+        errors = process.communicate(timeout=100)[1]
+    assert (process.returncode, errors) == (2, line)
     assert launched.returncode == 1
     assert line in launched.stderr.decode()

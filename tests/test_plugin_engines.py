@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from typing import Any
 
 import pytest
-from conftest import ROOT
+from forking import Job, group, run
 from plugin_cases import EXPERTS, STEPS, cases
-from test_engines import free_port, save_model
+from test_engines import save_model
 
 pytestmark = pytest.mark.timeout(400)  # the first of these tests runs all cases
 
@@ -24,32 +21,11 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str, 
     """What a case of `plugin_cases.py` has written, all of them run when the first is asked for."""
     folder = tmp_path_factory.mktemp("pair")
     model = save_model(tmp_path_factory.mktemp("models") / "odd", hidden_size=35, head_dim=10, layers=2)
-    log = folder / "log"
-    command = [sys.executable, str(ROOT / "tests" / "plugin_cases.py"), str(folder), str(model)]
-    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
-    with log.open("w") as file:
-        processes = [
-            subprocess.Popen(
-                command,
-                env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank), "DS_ACCELERATOR": "cpu"},
-                stdout=file,
-                stderr=file,
-            )
-            for rank in range(2)
-        ]
-        try:
-            for process in processes:
-                process.wait(timeout=300)
-        except subprocess.TimeoutExpired:
-            file.write("timed out\n")
-        finally:
-            for rank, process in enumerate(processes):
-                process.kill()
-                file.write(f"rank {rank} ended with {process.wait()}\n")
+    (ended,) = run(Job("plugin_cases:main", [str(folder), str(model)], str(folder / "log"), 300, group(2)))
 
     def result(name: str) -> dict[str, Any]:
         path = folder / f"{name}.json"
-        assert path.is_file(), f"the processes ended before this case: {log.read_text()[-3000:]}"
+        assert path.is_file(), f"the processes ended before this case: {ended.codes} {ended.err}"
         found = json.loads(path.read_text())
         assert "error" not in found, found["error"]
         return found

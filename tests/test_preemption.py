@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import psutil
 import pytest
-from conftest import ROOT, base_weights
-from test_engines import free_port
+from conftest import RECIPE, ROOT, base_weights
+from forking import free_port
 from test_processes import ENVIRONMENT
 
 from lorasc_ds.algorithm.ledger import Ledger, digest
 from lorasc_ds.models import QUICKSTART_BASE
+from lorasc_ds.train import main
 
 SETTINGS = [
     "--training.epochs=12",
@@ -113,8 +111,7 @@ def test_its_ledger_gives_its_weights(run: Path) -> None:
 
 def test_it_is_the_run_that_one_process_makes_without_a_stop(run: Path, tmp_path: Path) -> None:
     """The losses of every step, within what ZeRO-3 adds up in another order."""
-    command = [sys.executable, "launch/train.py", f"--output_dir={tmp_path / 'whole'}", *SETTINGS]
-    subprocess.run(command, cwd=ROOT, env=dict(os.environ) | ENVIRONMENT, check=True, capture_output=True, timeout=120)
+    assert main([f"--output_dir={tmp_path / 'whole'}", *SETTINGS], RECIPE) == 0
 
     def losses(directory: Path) -> list[float]:
         records = map(json.loads, (directory / "metrics.jsonl").read_text().splitlines())

@@ -7,18 +7,20 @@ import os
 import re
 import subprocess
 import sys
-import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import ROOT, base_weights
+from forking import Ended, Job, free_port, group, run
 from safetensors.torch import load_file
-from test_engines import free_port
 
 from lorasc_ds.algorithm.ledger import Ledger, digest
 from lorasc_ds.models import QUICKSTART_BASE
+
+pytestmark = pytest.mark.timeout(600)  # the first of these tests waits for all launchers, each up to 200 s
 
 SMALL = [
     "--training.epochs=2",
@@ -36,12 +38,11 @@ ENVIRONMENT = os.environ | {
     "DS_ACCELERATOR": "cpu",
     "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
 }
-PORT = f"--main_process_port={free_port()}"
 LAUNCHERS = {
     "torchrun": ["torchrun", "--standalone", "--nproc_per_node=2", "launch/train.py"],
     "torchrun-zero3": ["torchrun", "--standalone", "--nproc_per_node=2", "launch/train.py", "--deepspeed=ds_configs/zero3.json", "--model.dtype=bfloat16"],
-    "accelerate-config_file": ["accelerate", "launch", "--config_file=ds_configs/accelerate/zero2.yaml", "--num_processes=2", PORT, "launch/train.py"],
-    "accelerate-use_deepspeed": ["accelerate", "launch", "--use_deepspeed", "--zero_stage=3", "--num_processes=2", PORT, "launch/train.py", "--model.dtype=bfloat16"],
+    "accelerate-config_file": ["accelerate", "launch", "--config_file=ds_configs/accelerate/zero2.yaml", "--num_processes=2", f"--main_process_port={free_port()}", "launch/train.py"],
+    "accelerate-use_deepspeed": ["accelerate", "launch", "--use_deepspeed", "--zero_stage=3", "--num_processes=2", f"--main_process_port={free_port()}", "launch/train.py", "--model.dtype=bfloat16"],
     "deepspeed": ["deepspeed", "--num_accelerators=2", "--master_port", str(free_port()), "launch/train.py", "--deepspeed", "ds_configs/zero1.json"],
     "python-zero3_offload": ["python", "launch/train.py", "--deepspeed=ds_configs/zero3_offload.json", "--training.micro_batch_size=2"],
 }  # fmt: skip
@@ -49,23 +50,26 @@ LAUNCHERS = {
 
 @pytest.fixture(scope="module")
 def launched(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[dict[str, Any], str]]:
-    """Summary and printed text of the same short run under every launcher."""
-    found = {}
-    for name, command in LAUNCHERS.items():
-        directory = tmp_path_factory.mktemp("launched") / name
+    """Summary and printed text of the same short run under every launcher; two at a time, since launchers wait."""
+
+    def launch(name: str) -> tuple[dict[str, Any], str]:
+        directory = folder / name
         result = subprocess.run(
-            [*command, f"--output_dir={directory}", *SMALL],
+            [*LAUNCHERS[name], f"--output_dir={directory}", *SMALL],
             cwd=ROOT,
             env=ENVIRONMENT,
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=200,
             check=False,
         )
         assert result.returncode == 0, result.stderr[-3000:]
         summary = json.loads((directory / "summary.json").read_text())
-        found[name] = summary | {"directory": str(directory)}, result.stdout
-    return found
+        return summary | {"directory": str(directory)}, result.stdout
+
+    folder = tmp_path_factory.mktemp("launched")
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(LAUNCHERS, pool.map(launch, LAUNCHERS), strict=True))
 
 
 def test_every_launcher_starts_the_same_run(launched: dict[str, tuple[dict[str, Any], str]]) -> None:
@@ -117,53 +121,46 @@ def test_the_output_is_that_of_one_process(launched: dict[str, tuple[dict[str, A
         assert engine.startswith(f"engine    {summary['engine']}, merges local: ")
 
 
-@pytest.mark.parametrize(
-    ("place", "rank", "engine", "code", "message"),
-    [
-        ("boundary", 1, "ds_configs/zero3.json", 1, "rank 1: RuntimeError: a planted fault"),
-        ("divergence", 1, None, 3, "rank 1: a planted divergence"),
-        ("ledger", 0, "ds_configs/zero2.json", 4, "rank 0: "),
-        ("checkpoint", 0, None, 4, "rank 0: the checkpoint after step 2 could not be written: [Errno 28] No space left on device"),
-        ("save", 1, None, 1, "rank 1: RuntimeError: a planted fault"),
-        ("hang", 1, "ds_configs/zero3.json", 1, "rank 0: "),
-    ],
-)  # fmt: skip
-def test_one_process_that_fails_ends_all_with_one_message(
-    place: str, rank: int, engine: str | None, code: int, message: str, tmp_path: Path
-) -> None:
-    """Without a launcher that would end the others; in a boundary, before a file, in a save, and where one hangs."""
-    arguments = [f"--output_dir={tmp_path / 'run'}", *SMALL, "--training.ddp_timeout=10"]
-    arguments += ["--training.checkpoint_steps=2", "--training.save_failures_allowed=0"]
-    arguments += [] if engine is None else [f"--deepspeed={engine}"]
-    common = ENVIRONMENT | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    began = time.monotonic()
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "tests/faulty_run.py", place, str(rank), *arguments],
-            cwd=ROOT,
-            env=common | {"RANK": str(number), "LOCAL_RANK": str(number)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for number in range(2)
-    ]
-    try:
-        outputs = [process.communicate(timeout=90) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [code, code], outputs
-    assert time.monotonic() - began < 60
-    errors = [error for _, error in outputs]
-    messages = [line for error in errors for line in error.splitlines() if re.match(r"error: |\w*Error: ", line)]
-    assert len(messages) == 1, errors
+# Where, on which rank, under which engine, with which exit code and message. The one that hangs comes first: it waits.
+FAILURES: dict[str, tuple[int, str | None, int, str]] = {
+    "hang": (1, "ds_configs/zero3.json", 1, "rank 0: "),
+    "boundary": (1, "ds_configs/zero3.json", 1, "rank 1: RuntimeError: a planted fault"),
+    "divergence": (1, None, 3, "rank 1: a planted divergence"),
+    "ledger": (0, "ds_configs/zero2.json", 4, "rank 0: "),
+    "checkpoint": (0, None, 4, "rank 0: the checkpoint after step 2 could not be written: [Errno 28] No space left on device"),
+    "save": (1, None, 1, "rank 1: RuntimeError: a planted fault"),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def failed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Ended]]:
+    """Directories of the runs of `FAILURES`, and how they ended, without a launcher that would end the other process."""
+    folder = tmp_path_factory.mktemp("failed")
+    jobs = []
+    for place, (rank, engine, _, _) in FAILURES.items():
+        arguments = [place, str(rank), f"--output_dir={folder / place}", *SMALL, "--training.ddp_timeout=10"]
+        arguments += ["--training.checkpoint_steps=2", "--training.save_failures_allowed=0"]
+        arguments += [] if engine is None else [f"--deepspeed={engine}"]
+        jobs.append(Job("faulty_run:main", arguments, str(folder / f"{place}-log"), 90, group(2)))
+    endings = run(*jobs, at_once=2)
+    return {place: (folder / place, ended) for place, ended in zip(FAILURES, endings, strict=True)}
+
+
+@pytest.mark.parametrize("place", FAILURES)
+def test_one_process_that_fails_ends_all_with_one_message(place: str, failed: dict[str, tuple[Path, Ended]]) -> None:
+    """In a boundary, before a file, in a save, and where one hangs."""
+    _, _, code, message = FAILURES[place]
+    directory, ended = failed[place]
+    assert ended.codes == [code, code], ended.err
+    assert ended.seconds < 60
+    messages = [line for error in ended.err for line in error.splitlines() if re.match(r"error: |\w*Error: ", line)]
+    assert len(messages) == 1, ended.err
     speaker = int(message.split()[1].rstrip(":"))
-    assert messages[0] in errors[speaker]
+    assert messages[0] in ended.err[speaker]
     if code == 1:
-        assert f"on rank {speaker} of 2" in errors[speaker]
+        assert f"on rank {speaker} of 2" in ended.err[speaker]
     else:
         assert messages[0].startswith(f"error: {message}")
-    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    status = json.loads((directory / "status.json").read_text())
     assert (status["state"], status["exit_code"]) == ("failed", code)
     assert message in status["message"] or (speaker == 0 and message.removeprefix("rank 0: ") in status["message"])

@@ -75,7 +75,7 @@ def subset(count: int) -> list[int]:
 
 def questions_to_test(request: Request, questions: str, target: str) -> list[Example]:
     """In the order of the sample; or all in that of the file, the sample a group of its own."""
-    rows, _ = public_split(SOURCE, request, "test")
+    rows, *_ = public_split(SOURCE, request, "test")
     chosen = subset(len(rows))
     if questions == "subset":
         found = [example(rows[at], target) for at in chosen]

@@ -83,12 +83,17 @@ class Drawn:
         return {split: [example(row) for row in rows] for split, rows in self.splits.items()}
 
 
-def public_split(source: Source, request: Request, split: str) -> Released:
-    """All rows of a split of the public data set."""
+def public_split(source: Source, request: Request, split: str) -> tuple[list[Row], str, tuple[str, ...]]:
+    """All rows of a split of the public data set, the name of the place they are from, and what is to be said of them.
+
+    Raises:
+        DataError: they cannot be had.
+    """
     if request.data_dir is None:
-        return hub_rows(source.dataset, source.config, split, request.revision), ()
-    names = source.train_files if split == "train" else source.test_files
-    return source.read(local_file(request.data_dir, names), split)
+        return hub_rows(source.dataset, source.config, split, request.revision), f"the public {split} split", ()
+    path = local_file(request.data_dir, source.train_files if split == "train" else source.test_files)
+    rows, notes = source.read(path, split)
+    return rows, path.name, notes
 
 
 def rows_to_train(source: Source, request: Request) -> Drawn:
@@ -99,16 +104,15 @@ def rows_to_train(source: Source, request: Request) -> Drawn:
     """
     if not {"train", "dev"} & set(request.splits):
         return Drawn({}, ())
-    rows, notes = public_split(source, request, "train")
+    rows, place, notes = public_split(source, request, "train")
     usual = (1000, source.dev_examples)
     asked = (request.train_examples or usual[0], request.dev_examples or usual[1])
     train, dev = draw_training(len(rows), *asked, request.seed)
     if not train and "train" in request.splits:
         raise DataError(
-            f"task.dev_examples {asked[1]} leaves none of the {len(rows)} rows of {source.dataset}'s training split to"
-            " train on: lower it"
+            f"task.dev_examples {asked[1]} leaves none of the {len(rows)} rows of {place} to train on: lower it"
         )
-    note = f"seed {request.seed} draws {len(train)} train and {len(dev)} dev of {len(rows)} rows of the training split"
+    note = f"seed {request.seed} draws {len(train)} train and {len(dev)} dev of {len(rows)} rows of {place}"
     if asked != usual:
         note += f"; asked for are {asked[0]} and {asked[1]}, not MeZO's {usual[0]} and {usual[1]}"
     if sum(asked) > len(rows):
@@ -125,9 +129,9 @@ def rows_to_test(source: Source, request: Request) -> Drawn:
     """
     if "test" not in request.splits:
         return Drawn({}, ())
-    rows, notes = public_split(source, request, source.test_split)
+    rows, place, notes = public_split(source, request, source.test_split)
     drawn = draw_test(len(rows), request.test_examples or 1000, request.seed)
-    note = f"test is {len(drawn)} of {len(rows)} rows of the public {source.test_split} split"
+    note = f"test is {len(drawn)} of {len(rows)} rows of {place}"
     return Drawn({"test": [rows[at] for at in drawn]}, (note, *notes))
 
 

@@ -6,6 +6,7 @@ import csv
 import gzip
 import io
 import json
+import re
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from lorasc_ds.errors import DataError
+
+SURROGATE = re.compile("[\ud800-\udfff]")  # half a character, which JSON can escape and no tokenizer can read
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +74,7 @@ class Row:
 
 
 def is_text(value: object) -> TypeGuard[str]:
-    return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)
+    return isinstance(value, str) and SURROGATE.search(value) is None
 
 
 def short(text: str, length: int = 200) -> str:

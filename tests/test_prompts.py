@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import TypeAdapter
+from transformers import AutoTokenizer
 
+from lorasc_ds.encoding import Encoder
 from lorasc_ds.errors import DataError
-from lorasc_ds.tasks import Example
+from lorasc_ds.task_config import TaskConfig
+from lorasc_ds.tasks import Example, load_task
 from lorasc_ds.tasks.answers import ANSWERS, GENERATION
 from lorasc_ds.tasks.choices import CHOICES
 from lorasc_ds.tasks.rows import Row
@@ -197,3 +202,25 @@ def test_scores_of_an_answer_in_words() -> None:
     assert scored(" tower") == {"f1": pytest.approx(2 / 3), "exact_match": 0}
     assert scored("") == {"f1": 0, "exact_match": 0}
     assert (GENERATION.max_new_tokens, GENERATION.stop, GENERATION.temperature) == (50, ("\n",), 0)
+
+
+@pytest.mark.parametrize("tokenizer", ["models/stories260K", "tokenizers/gpt2"])
+def test_every_answer_has_tokens_and_they_are_its_own(shared_data: Path, tokenizer: str, tmp_path: Path) -> None:
+    """Where the protocol takes a slow tokenizer: the last tokens, decoded, are the answer and nothing else."""
+    (tmp_path / "dev.tsv").write_text("sentence\tlabel\na gripping , funny ride \t1\nno .\t0\n")
+    folders = dict.fromkeys(("rte", "cb", "copa", "wsc", "boolq"), shared_data / "superglue")
+    folders |= {"record": shared_data / "superglue" / "fewglue32" / "ReCoRD", "sst2": tmp_path}
+    folders |= {name: shared_data / name for name in ("squad", "drop", "gsm8k")}
+    read = AutoTokenizer.from_pretrained(shared_data / tokenizer)
+    for name, folder in folders.items():
+        config = TypeAdapter(TaskConfig).validate_python({"name": name, "data_dir": str(folder)})
+        task = load_task(config, 0, ("test",))
+        examples = task.splits["test"][:25]
+        task = replace(task, splits={"test": examples})
+        encoder = Encoder(read, task, max_length=None, model_limit=None, vocabulary_size=len(read))
+        for example, encoded in zip(examples, encoder.encode()["test"], strict=True):
+            for text, candidate in zip(example.texts, encoded.candidates, strict=True):
+                assert candidate.scored >= 1
+                assert len(candidate.ids) <= 2048
+                answer = read.decode(list(candidate.ids[-candidate.scored :]))
+                assert answer.strip() == text[len(example.prompt) :].strip()

@@ -34,17 +34,13 @@ def squad(row: Row) -> Example:
 
 def read_squad(path: Path, split: str) -> Released:
     """Version 1.1: a row per question of a paragraph of an article."""
-    rows = [
-        with_fields(
-            asked,
-            title=article.text("title"),
-            context=paragraph.text("context"),
-            answers={"text": [answer.text("text") for answer in asked.rows("answers")]},
-        )
-        for article in object_row(f"{path}:1", read_json(path, DATA_DIR)).rows("data")
-        for paragraph in article.rows("paragraphs")
-        for asked in paragraph.rows("qas")
-    ]
+    rows = []
+    for article in object_row(f"{path}:1", read_json(path, DATA_DIR)).rows("data"):
+        for paragraph in article.rows("paragraphs"):
+            common = {"title": article.text("title"), "context": paragraph.text("context")}
+            for asked in paragraph.rows("qas"):
+                found = [answer.text("text") for answer in asked.rows("answers")]
+                rows.append(with_fields(asked, **common, answers={"text": found}))
     return rows, ()
 
 

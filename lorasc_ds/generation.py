@@ -16,8 +16,8 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from lorasc_ds.data import derived_seed
 from lorasc_ds.encoding import EncodedExample, single_id
+from lorasc_ds.order import derived_seed
 from lorasc_ds.tasks import Generation
 
 

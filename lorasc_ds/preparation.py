@@ -17,6 +17,7 @@ from lorasc_ds.data import Layout, TrainingData
 from lorasc_ds.encoding import EncodedExample, Encoder, digest_of
 from lorasc_ds.errors import ConfigError
 from lorasc_ds.method import Method, make_method, make_plan, make_schedule, unused_settings
+from lorasc_ds.order import Order, sources_of
 from lorasc_ds.task_config import TextConfig
 from lorasc_ds.tasks import Task, load_task
 
@@ -121,6 +122,9 @@ class Preparation:
             f" {warmup} warm-up steps"
             + (f", {self.schedule.rewarmup(plan.expert(2))} after a restart" if jagged else ""),
         ]
+        if self.data.order.sources:
+            shares = (f"{one.share / self.data.order.count:.1%} {one}" for one in self.data.order.sources)
+            lines.append(f"sources   {'; '.join(shares)} examples")
         lines += [f"protocol  {line}" for line in self.task.notes]
         if self.shots_left_out:
             lines.append(f"note      {self.shots_left_out} demonstrations are left out of prompts that were too long")
@@ -177,6 +181,21 @@ def layout_of(training: TrainingConfig, shape: PreTrainedModel, pad_id: int) -> 
     return Layout(pad_id, share_prefixes=training.share_prefixes and able, pack=training.packing)
 
 
+def order_of(examples: Sequence[EncodedExample], task: Task, training: TrainingConfig) -> Order:
+    """How the examples of every epoch follow one another.
+
+    Raises:
+        ConfigError: a source has no share.
+    """
+    groups = [example.group for example in examples] if task.weights else []
+    return Order(
+        len(examples),
+        training.seed,
+        training.batch_size,
+        sources=sources_of(groups, task.weights) if task.weights else (),
+    )
+
+
 def micro_batch_size(training: TrainingConfig, world_size: int) -> int:
     """Examples per forward pass of a process.
 
@@ -223,10 +242,9 @@ def prepare(config: Config, rank: int = 0, world_size: int = 1) -> Preparation:
         )
     data = TrainingData(
         splits["train"],
+        order=order_of(splits["train"], task, training),
         loss=task.loss,
-        batch_size=training.batch_size,
         micro_batch_size=micro,
-        seed=training.seed,
         layout=layout_of(training, shape, encoder.pad_id),
         rank=rank,
         world_size=world_size,

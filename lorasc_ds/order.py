@@ -57,7 +57,7 @@ class Order:
         seed: of all draws.
         sources: where an epoch is to have other shares than there are examples; else none.
         batch_size: global batch.
-        lengths: by which each `MEGA_BATCH` batches are sorted; None: they are not.
+        lengths: which batches are grouped by; None: they are not.
     """
 
     count: int
@@ -84,22 +84,22 @@ class Order:
 
 
 def grouped_by_length(order: Tensor, lengths: Tensor, batch_size: int) -> Tensor:
-    """Examples of like length in a batch: each `MEGA_BATCH` batches sorted by length, the longest first.
+    """Examples of like length in a batch: every `MEGA_BATCH` batches are sorted by length, the longest first.
 
-    The batch with the very longest comes first of all, so that memory which does not suffice shows at once.
+    Of few examples a quarter at a time, so that epochs differ. The batch with the very longest comes first of all, so
+    that memory which does not suffice shows at once.
 
     Args:
         order: positions of the examples, shuffled.
         lengths: of the examples by position.
     """
-    mega = order.split(MEGA_BATCH * batch_size)
-    order = torch.cat([one[lengths[one].argsort(descending=True, stable=True)] for one in mega])
-    starts = range(0, len(order), MEGA_BATCH * batch_size)
-    start = max(starts, key=lambda at: int(lengths[order[at]]))  # of equals the first
-    size = min(batch_size, len(order) - start)  # the last batch may be smaller: then only so many change places
-    first, longest = order[:size].clone(), order[start : start + size].clone()
-    order[start : start + size] = first
-    order[:size] = longest
+    size = batch_size * max(1, min(len(order) // (4 * batch_size), MEGA_BATCH))
+    order = torch.cat([one[lengths[one].argsort(descending=True, stable=True)] for one in order.split(size)])
+    start = max(range(0, len(order), size), key=lambda at: int(lengths[order[at]]))  # of equals the first
+    count = min(batch_size, len(order) - start)  # the last batch may be smaller: then only so many change places
+    first, longest = order[:count].clone(), order[start : start + count].clone()
+    order[start : start + count] = first
+    order[:count] = longest
     return order
 
 

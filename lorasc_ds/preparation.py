@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lorasc_ds import models
@@ -17,7 +18,7 @@ from lorasc_ds.data import Layout, TrainingData
 from lorasc_ds.encoding import EncodedExample, Encoder, digest_of
 from lorasc_ds.errors import ConfigError
 from lorasc_ds.method import Method, make_method, make_plan, make_schedule, unused_settings
-from lorasc_ds.order import Order, sources_of
+from lorasc_ds.order import Order, Source, sources_of
 from lorasc_ds.task_config import TextConfig
 from lorasc_ds.tasks import Task, load_task
 
@@ -187,13 +188,14 @@ def order_of(examples: Sequence[EncodedExample], task: Task, training: TrainingC
     Raises:
         ConfigError: a source has no share.
     """
-    groups = [example.group for example in examples] if task.weights else []
-    return Order(
-        len(examples),
-        training.seed,
-        training.batch_size,
-        sources=sources_of(groups, task.weights) if task.weights else (),
-    )
+    sources: tuple[Source, ...] = ()
+    lengths = None
+    if task.weights is not None:
+        sources = sources_of([example.group for example in examples], task.weights)
+    if training.group_by_length:
+        scored = [(e.target,) if task.loss == "lm" else e.candidates for e in examples]
+        lengths = torch.tensor([max(len(tokens.ids) for tokens in candidates) for candidates in scored])
+    return Order(len(examples), training.seed, training.batch_size, sources, lengths)
 
 
 def micro_batch_size(training: TrainingConfig, world_size: int) -> int:

@@ -14,10 +14,11 @@ import torch
 from conftest import RECIPE
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from lorasc_ds.cli import build_config, fields_of, parse_command_line, parse_override
 from lorasc_ds.errors import ConfigError
-from lorasc_ds.order import Order, shares_of, sources_of
+from lorasc_ds.order import Order, derived_seed, shares_of, sources_of
 from lorasc_ds.preparation import prepare
 
 
@@ -126,6 +127,43 @@ def test_other_lists_on_the_command_line_are_what_they_were() -> None:
 def test_sources_that_do_not_fit_are_one_line(settings: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         build_config({"task": {"name": "text"} | settings}, {}, {})
+
+
+@pytest.mark.parametrize(("count", "batch_size"), [(1003, 4), (1003, 1), (37, 4), (7, 4), (3, 4), (33, 8)])
+def test_length_groups_are_hugging_face_s(count: int, batch_size: int) -> None:
+    """Theirs puts the longest example first of all, in exchange for one; here its whole batch changes places."""
+    lengths = torch.randint(1, 100, (count,), generator=torch.Generator().manual_seed(count))
+    for epoch in range(4):
+        order = Order(count, seed=5, batch_size=batch_size, lengths=lengths)(epoch)
+        assert sorted(order.tolist()) == list(range(count))
+        batches = order.split(batch_size)
+        generator = torch.Generator().manual_seed(derived_seed(5, epoch))
+        theirs = get_length_grouped_indices(lengths.tolist(), batch_size, generator=generator)
+        assert lengths[order[0]] == lengths[theirs[0]] == lengths.max()
+        their_lengths = [lengths[one].tolist() for one in torch.tensor(theirs).split(batch_size)]
+        moved = [lengths[one].tolist() for one in batches]
+        different = [at for at, (ours, other) in enumerate(zip(moved, their_lengths, strict=True)) if ours != other]
+        assert len(different) <= 2, "the first batch, and the one it changed places with"
+        assert sum(max(one) * len(one) for one in moved) <= sum(max(one) * len(one) for one in their_lengths)
+
+
+def test_length_groups_keep_batches_together_and_differ_between_epochs() -> None:
+    lengths = torch.arange(400) % 97
+    order = Order(400, seed=0, batch_size=4, lengths=lengths)
+    epochs = [order(epoch) for epoch in range(2)]
+    assert not torch.equal(*epochs)
+    assert torch.equal(epochs[1], Order(400, 0, 4, lengths=lengths)(1))
+    spread = [float(sum(one.max() - one.min() for one in lengths[e].split(4))) for e in epochs]
+    shuffled = lengths[Order(400, seed=0, batch_size=4)(0)].split(4)
+    assert max(spread) < 0.2 * float(sum(one.max() - one.min() for one in shuffled))
+
+
+def test_length_groups_of_weighted_sources_keep_the_shares() -> None:
+    _, groups = weighted({"a": 30, "b": 10}, {"a": 1, "b": 3})
+    sources = sources_of(groups, {"a": 1, "b": 3})
+    order = Order(40, 0, 4, sources, lengths=torch.arange(40))
+    assert Counter(groups[at] for at in order(3).tolist()) == {"a": 10, "b": 30}
+    assert sorted(order(3).tolist()) == sorted(Order(40, 0, 4, sources)(3).tolist())
 
 
 Files = Callable[..., str]

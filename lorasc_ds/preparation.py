@@ -101,11 +101,13 @@ class Preparation:
         trained, frozen = (
             sum(p.numel() for p in self.shape.parameters() if p.requires_grad is r) for r in (True, False)
         )
-        first = plan.expert(1)
+        first, max_steps = plan.expert(1), training.max_steps
         experts = (
             "1 expert" if plan.experts == 1 else f"{plan.experts} experts of about {plan.steps / plan.experts:g} steps"
         )
         restarted = {"run": "over the whole run", "expert": "once per expert", "jagged": "over the whole run, jagged"}
+        epochs = training.epochs if max_steps is None else plan.steps / self.data.steps_per_epoch
+        asked = "" if max_steps is None else f" (training.max_steps; epochs {training.epochs:g} is not used)"
         restarts = self.schedule.span == "expert"
         warmup = compressed_warmup(training.warmup_steps, first.steps if restarts else plan.steps, plan.steps)
         jagged = self.schedule.span == "jagged" and plan.experts > 1
@@ -117,12 +119,14 @@ class Preparation:
             f" {len(self.weights)} weights, {trained:,} trainable parameters",
             f"batch     {training.batch_size} = {self.data.micro_batch_size} micro x {self.data.world_size}"
             f" {'process' if self.data.world_size == 1 else 'processes'} x {self.accumulation} accumulation",
-            f"steps     {plan.steps} = {training.epochs:g} epochs x {self.data.steps_per_epoch}; {experts}",
+            f"steps     {plan.steps} = {epochs:.4g} epochs x {self.data.steps_per_epoch}{asked}; {experts}",
             f"cascade   strategy {cascade.strategy}: {', '.join(self.cascade_numbers())}",
             f"schedule  {self.schedule.decay} from {training.learning_rate:g}, {restarted[self.schedule.span]},"
             f" {warmup} warm-up steps"
             + (f", {self.schedule.rewarmup(plan.expert(2))} after a restart" if jagged else ""),
         ]
+        if training.early_stopping_patience is not None:
+            lines.append(f"stopping  after {training.early_stopping_patience} epochs without a new lowest dev loss")
         if self.data.order.sources:
             shares = (f"{one.share / self.data.order.count:.1%} {one}" for one in self.data.order.sources)
             lines.append(f"sources   {'; '.join(shares)} examples")
@@ -251,8 +255,11 @@ def prepare(config: Config, rank: int = 0, world_size: int = 1) -> Preparation:
         rank=rank,
         world_size=world_size,
     )
-    steps = math.ceil(round(training.epochs * data.steps_per_epoch, 6))  # 0.1 * 30 is a little over 3
-    plan = make_plan(config.cascade, steps, training.epochs)
+    if training.max_steps is None:
+        steps = math.ceil(round(training.epochs * data.steps_per_epoch, 6))  # 0.1 * 30 is a little over 3
+        plan = make_plan(config.cascade, steps, training.epochs)
+    else:
+        plan = make_plan(config.cascade, training.max_steps, training.max_steps / data.steps_per_epoch)
     schedule = make_schedule(
         config.cascade, plan, decay=training.schedule, span=training.schedule_span, warmup_steps=training.warmup_steps
     )

@@ -15,11 +15,12 @@ OWNERS = {  # engine -> the places that may import it
     "deepspeed": ("sharding/",),
     "torch.distributed": ("sharding/",),
     "accelerate": ("sharding/", "train.py", "trainer.py"),
-    "pydantic": ("config.py", "task_config.py", "cli.py"),
+    "pydantic": ("config.py", "task_config.py", "training_config.py", "cli.py"),
 }
 FORBIDDEN = {  # place -> what it must not know
     "algorithm/": ("lorasc_ds.", "torch.distributed", "peft", "deepspeed", "accelerate", "transformers"),
     "task_config.py": ("torch", "lorasc_ds."),
+    "training_config.py": ("torch", "lorasc_ds.algorithm", "lorasc_ds.tasks", "lorasc_ds.errors"),
     "config.py": ("torch", "lorasc_ds.algorithm", "lorasc_ds.tasks", "lorasc_ds.errors"),
     "tasks/": ("lorasc_ds.cascade", "lorasc_ds.algorithm", "lorasc_ds.adapters", "lorasc_ds.sharding", "torch"),
     "encoding.py": ("lorasc_ds.cascade", "lorasc_ds.algorithm", "lorasc_ds.adapters", "lorasc_ds.sharding", "torch"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -115,7 +116,7 @@ def test_what_leaks_is_seen(model: PreTrainedModel, monkeypatch: pytest.MonkeyPa
     if model.config.model_type in ("gpt2", "opt"):
         running_on = batch.segments.clone()
         running_on[0] = torch.arange(running_on.shape[2])
-        moved = type(batch)(**{name: getattr(batch, name) for name in batch.__slots__} | {"segments": running_on})
+        moved = replace(batch, segments=running_on)
         with torch.no_grad():
             assert (scored_logits(model, moved) - expected).abs().max() > 1e-3
 

@@ -14,7 +14,8 @@ from lorasc_ds.adapters import AdaptedWeight, attach
 from lorasc_ds.algorithm.plan import Expert, Plan, Schedule, compressed_warmup
 from lorasc_ds.config import Config, TrainingConfig
 from lorasc_ds.data import Layout, TrainingData
-from lorasc_ds.encoding import EncodedExample, Encoder, digest_of
+from lorasc_ds.encoded import EncodedExample, digest_of
+from lorasc_ds.encoding import Encoder
 from lorasc_ds.errors import ConfigError
 from lorasc_ds.method import Method, make_method, make_plan, make_schedule, unused_settings
 from lorasc_ds.task_config import TextConfig
@@ -52,6 +53,7 @@ class Preparation:
     selection_steps: frozenset[int]
     truncated: int
     shots_left_out: int
+    left_out: int
 
     @property
     def data_sha256(self) -> dict[str, str]:
@@ -124,6 +126,11 @@ class Preparation:
         lines += [f"protocol  {line}" for line in self.task.notes]
         if self.shots_left_out:
             lines.append(f"note      {self.shots_left_out} demonstrations are left out of prompts that were too long")
+        if self.left_out:
+            lines.append(
+                f"note      {self.left_out} rows are left out: cut to length, nothing of them is scored; raise"
+                " training.max_length"
+            )
         lines += [f"note      {line}" for line in repeated(self.splits)]
         unused = unused_settings(cascade)
         if unused:
@@ -254,6 +261,7 @@ def prepare(config: Config, rank: int = 0, world_size: int = 1) -> Preparation:
         selection_steps=epoch_ends,
         truncated=encoder.truncated,
         shots_left_out=encoder.shots_left_out,
+        left_out=encoder.left_out,
     )
 
 

@@ -11,7 +11,7 @@ from conftest import RECIPE
 from lorasc_ds import models
 from lorasc_ds.cli import parse_command_line
 from lorasc_ds.dry_run import marked, memory_lines, preview_lines
-from lorasc_ds.encoding import ScoredTokens
+from lorasc_ds.encoded import ScoredTokens
 from lorasc_ds.memory import GIB, SHIPPED, memory_plan
 from lorasc_ds.preparation import Preparation, prepare
 from lorasc_ds.train import main

@@ -77,7 +77,7 @@ class Encoder:
         return own if own < self.vocabulary_size else 0
 
     def encode_texts(self, texts: list[str]) -> list[list[int]]:
-        return cast(list[list[int]], self.tokenizer(texts, verbose=False)["input_ids"])
+        return cast(list[list[int]], self.tokenizer(texts, verbose=False)["input_ids"]) if texts else []
 
     def encode(self) -> dict[str, Sequence[EncodedExample]]:
         """Every split of the task.

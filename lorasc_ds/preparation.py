@@ -199,6 +199,18 @@ def micro_batch_size(training: TrainingConfig, world_size: int) -> int:
     return micro
 
 
+def make_encoder(config: Config, task: Task, tokenizer: PreTrainedTokenizerBase, shape: PreTrainedModel) -> Encoder:
+    """What makes tokens of the task for this model."""
+    return Encoder(
+        tokenizer,
+        task,
+        max_length=config.training.max_length,
+        model_limit=models.longest_sequence(shape),
+        vocabulary_size=models.vocabulary_size(shape),
+        block_size=config.task.block_size if isinstance(config.task, TextConfig) else None,
+    )
+
+
 def prepare(config: Config, rank: int = 0, world_size: int = 1) -> Preparation:
     """Read the data, tokenise it, lay the model out on the meta device and plan the steps.
 
@@ -212,14 +224,7 @@ def prepare(config: Config, rank: int = 0, world_size: int = 1) -> Preparation:
     task = load_task(config.task, config.training.seed)
     tokenizer = models.load_tokenizer(config.model)
     shape = models.load_shape(config.model)
-    encoder = Encoder(
-        tokenizer,
-        task,
-        max_length=config.training.max_length,
-        model_limit=models.longest_sequence(shape),
-        vocabulary_size=models.vocabulary_size(shape),
-        block_size=config.task.block_size if isinstance(config.task, TextConfig) else None,
-    )
+    encoder = make_encoder(config, task, tokenizer, shape)
     weights = attach_adapters(config, shape)
     splits = encoder.encode()
     training = config.training

@@ -6,8 +6,7 @@ The templates are those of MELoRA's scripts, which the paper follows (protocols,
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -122,16 +121,10 @@ def hold_out(
     return train, dev, f"{held_out} of {count} rows{tenth} are held out, drawn by task.sample_seed {seed}"
 
 
-def names_of(files: Sequence[str]) -> list[str]:
-    """What the groups of several files are called: their names, or paths where two have one name."""
-    names = [Path(file).name for file in files]
-    return names if len(set(names)) == len(names) else list(files)
-
-
 def sources(
     name: str, dataset: str, data_dir: str | None, revision: str | None, files: Sequence[str]
 ) -> tuple[str, list[tuple[str, list[Row]]]]:
-    """Where the training rows are from, in words, and the rows of every source with its group.
+    """Where the training rows are from, in words, and the rows of every source with its group: of several its path.
 
     Raises:
         ConfigError: the settings say nothing, or two things.
@@ -139,14 +132,9 @@ def sources(
     """
     if files and data_dir is not None:
         raise ConfigError(f"task.train_file and task.data_dir {data_dir!r} both say where the rows are: leave one out")
-    twice = [file for file, count in Counter(files).items() if count > 1]
-    if twice:
-        raise ConfigError(f"task.train_file names {twice[0]!r} twice: leave one out")
     if files:
-        groups = names_of(files) if len(files) > 1 else [""]
-        return ", ".join(files), [
-            (group, read_rows(Path(file), "task.train_file")) for group, file in zip(groups, files, strict=True)
-        ]
+        rows = [read_rows(Path(file), "task.train_file") for file in files]
+        return ", ".join(files), list(zip(files if len(files) > 1 else [""], rows, strict=True))
     if name != "alpaca":
         raise ConfigError(
             f"task.train_file is null, but task {name} needs it: give a .json or .jsonl file of rows with instruction,"
@@ -157,19 +145,6 @@ def sources(
         return hub_id, [("", hub_rows(hub_id, None, "train", revision))]
     path = local_file(data_dir, (file,))
     return f"{path}", [("", read_rows(path, "task.data_dir"))]
-
-
-def shares(groups: Sequence[str], weights: Sequence[float] | None) -> Mapping[str, float] | None:
-    """The configured share of every group, of 1.
-
-    Raises:
-        ConfigError: there are not as many weights as groups.
-    """
-    if weights is None:
-        return None
-    if len(weights) != len(groups):
-        raise ConfigError(f"task.weights has {len(weights)} numbers, but task.train_file {len(groups)}: one for each")
-    return {group: weight / sum(weights) for group, weight in zip(groups, weights, strict=True)}
 
 
 def instructions(
@@ -216,5 +191,5 @@ def instructions(
         cut="end",
         ends=True,
         mask_prompt=mask_prompt,
-        weights=shares([group for group, _ in found], weights),
+        weights=None if weights is None else dict(zip(files, weights, strict=True)),
     )

@@ -118,10 +118,11 @@ def parse_override(text: str, fields: list[FieldInfo]) -> Any:
     words = [kind for kind in kinds if kind is str or get_origin(kind) is Literal]
     if len(words) == len([kind for kind in kinds if kind is not type(None)]):
         return text
-    if any(text in get_args(kind) for kind in words):
-        return text
-    for kind in kinds:
-        if get_origin(kind) is tuple and not text.startswith("["):
+    lists = [kind for kind in kinds if get_origin(kind) is tuple]
+    if any(text in get_args(kind) for kind in words) or (lists and str in kinds and not re.search(r"^\[|,", text)):
+        return text  # what may be a text or several is one, if nothing separates it
+    for kind in lists:
+        if not text.startswith("["):
             if get_args(kind)[0] is str:
                 return [part.strip() for part in text.split(",")]
             text = f"[{text}]"

@@ -210,6 +210,11 @@ class TrainingConfig(Section):
         default=False,
         description="Put several training sequences into a row instead of padding; none sees another.",
     )
+    group_by_length: bool = Field(
+        default=False,
+        description="Put training sequences of like length into a batch, so that little is padded: every 50 shuffled"
+        " batches are sorted, longest first. The batch with the longest is the first of an epoch.",
+    )
     eval_batch_size: int = Field(default=16, ge=1, description="Sequences per forward pass of an evaluation.")
     learning_rate: float = Field(default=1e-4, gt=0, le=100, description="Peak learning rate of AdamW.")
     weight_decay: float = Field(default=0.0, ge=0, description="AdamW's decoupled weight decay.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from lorasc_ds.data import Layout, TrainingData, rows_of, trees_of
@@ -93,9 +93,9 @@ def cost_of(examples: Sequence[EncodedExample], loss: str, layout: Layout) -> Co
     return Cost(sum(rows), len(rows) * max(rows))
 
 
-def epoch_cost(data: TrainingData, order: Iterable[int], layout: Layout) -> Cost:
+def epoch_cost(data: TrainingData, order: Sequence[int], layout: Layout) -> Cost:
     """Of all forward passes of an epoch with the examples in this order, over all processes."""
-    examples = [data.examples[int(at)] for at in order]
+    examples = [data.examples[at] for at in order]
     total = Cost(0, 0)
     for start in range(0, len(examples), data.batch_size):
         batch = examples[start : start + data.batch_size]

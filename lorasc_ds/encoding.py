@@ -54,7 +54,7 @@ class Encoder:
         if task.generation is not None:
             self.limit = self.room(self.limit, task.generation.max_new_tokens)
         self.vocabulary_size = vocabulary_size
-        self.block_size = block_size
+        self.block_size = block_size or 0
         self.truncated = 0
         self.shots_left_out = 0
         self.left_out = 0  # rows of which the limit leaves nothing that is scored
@@ -242,21 +242,37 @@ class Encoder:
         return [*head, *ids[len(ids) - length + len(head) :]]
 
     def pack(self, documents: Sequence[Example]) -> list[EncodedExample]:
-        """Documents end to end, each closed by the end-of-text token, cut into blocks."""
-        assert self.block_size is not None
+        """Documents end to end, each closed by the end-of-text token, cut into blocks; those of every group apart."""
+        tokens = self.documents(documents)
+        blocks: list[EncodedExample] = []
+        for group in dict.fromkeys(document.group for document in documents):
+            stream = [
+                id
+                for of_one, document in zip(tokens, documents, strict=True)
+                if document.group == group
+                for id in of_one
+            ]
+            starts = range(0, len(stream) - 1, self.block_size)
+            blocks += [
+                self.block(stream[at : at + self.block_size], number, group)
+                for number, at in enumerate(starts, start=1)
+            ]
+        return blocks
+
+    def documents(self, documents: Sequence[Example]) -> list[list[int]]:
+        """The tokens of every document, closed by the end-of-text token."""
         if self.end and self.end[0] >= self.vocabulary_size:
             raise DataError(
                 f"the tokenizer's end-of-text token {self.end[0]} is outside the model's vocabulary of"
                 f" {self.vocabulary_size}: the tokenizer belongs to another model"
             )
         tokens = self.tokens((document.texts[0], document.id) for document in documents)
-        stream = [id for document in documents for id in (*tokens[document.texts[0]], *self.end)]
-        blocks = [stream[at : at + self.block_size] for at in range(0, len(stream), self.block_size)]
-        return [
-            EncodedExample(f"block {number}", (ScoredTokens(tuple(block), len(block) - 1),), (0,))
-            for number, block in enumerate(blocks, start=1)
-            if len(block) > 1
-        ]
+        return [[*tokens[document.texts[0]], *self.end] for document in documents]
+
+    def block(self, ids: Sequence[int], number: int, group: str) -> EncodedExample:
+        """Block `number`, from 1, of a group: every token but the first is scored."""
+        name = f"{group} block {number}".strip()
+        return EncodedExample(name, (ScoredTokens(tuple(ids), len(ids) - 1),), (0,), group=group)
 
 
 def single_id(id: int | list[int] | Any) -> int:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lorasc_ds import models
@@ -18,6 +19,7 @@ from lorasc_ds.encoded import EncodedExample, digest_of
 from lorasc_ds.encoding import Encoder
 from lorasc_ds.errors import ConfigError
 from lorasc_ds.method import Method, make_method, make_plan, make_schedule, unused_settings
+from lorasc_ds.order import Order, Source, sources_of
 from lorasc_ds.task_config import TextConfig
 from lorasc_ds.tasks import Task, load_task
 
@@ -123,6 +125,9 @@ class Preparation:
             f" {warmup} warm-up steps"
             + (f", {self.schedule.rewarmup(plan.expert(2))} after a restart" if jagged else ""),
         ]
+        if self.data.order.sources:
+            shares = (f"{one.share / self.data.order.count:.1%} {one}" for one in self.data.order.sources)
+            lines.append(f"sources   {'; '.join(shares)} examples")
         lines += [f"protocol  {line}" for line in self.task.notes]
         if self.shots_left_out:
             lines.append(f"note      {self.shots_left_out} demonstrations are left out of prompts that were too long")
@@ -184,6 +189,22 @@ def layout_of(training: TrainingConfig, shape: PreTrainedModel, pad_id: int) -> 
     return Layout(pad_id, share_prefixes=training.share_prefixes and able, pack=training.packing)
 
 
+def order_of(examples: Sequence[EncodedExample], task: Task, training: TrainingConfig) -> Order:
+    """How the examples of every epoch follow one another.
+
+    Raises:
+        ConfigError: a source has no share.
+    """
+    sources: tuple[Source, ...] = ()
+    lengths = None
+    if task.weights is not None:
+        sources = sources_of([example.group for example in examples], task.weights)
+    if training.group_by_length:
+        scored = [(e.target,) if task.loss == "lm" else e.candidates for e in examples]
+        lengths = torch.tensor([max(len(tokens.ids) for tokens in candidates) for candidates in scored])
+    return Order(len(examples), training.seed, training.batch_size, sources, lengths)
+
+
 def micro_batch_size(training: TrainingConfig, world_size: int) -> int:
     """Examples per forward pass of a process.
 
@@ -235,10 +256,9 @@ def prepare(config: Config, rank: int = 0, world_size: int = 1) -> Preparation:
         )
     data = TrainingData(
         splits["train"],
+        order=order_of(splits["train"], task, training),
         loss=task.loss,
-        batch_size=training.batch_size,
         micro_batch_size=micro,
-        seed=training.seed,
         layout=layout_of(training, shape, encoder.pad_id),
         rank=rank,
         world_size=world_size,

@@ -10,6 +10,7 @@ import sys
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Annotated
 
@@ -18,12 +19,12 @@ from transformers import PreTrainedTokenizerBase
 
 from lorasc_ds import models
 from lorasc_ds.cli import Parser, add_recipe, configuration, parse
-from lorasc_ds.config import Config
+from lorasc_ds.config import Config, TrainingConfig
 from lorasc_ds.data import TrainingData
 from lorasc_ds.data_report import epoch_cost, length_table, split_lines, table
 from lorasc_ds.encoded import EncodedExample
 from lorasc_ds.errors import ConfigError, RunError
-from lorasc_ds.preparation import make_encoder, prepare, repeated
+from lorasc_ds.preparation import make_encoder, order_of, prepare, repeated
 from lorasc_ds.preview import example_lines
 from lorasc_ds.task_config import Benchmark, DigitsConfig, TaskConfig
 from lorasc_ds.tasks import Task, load_task
@@ -49,6 +50,7 @@ class Shown:
     splits: Mapping[str, Sequence[EncodedExample]]
     data: TrainingData | None
     packs: bool
+    training: TrainingConfig
 
 
 def load(config: ShownConfig, processes: int) -> Shown:
@@ -59,27 +61,27 @@ def load(config: ShownConfig, processes: int) -> Shown:
     if isinstance(config.task, Benchmark):
         task, tokenizer = load_task(config.task, config.training.seed), models.load_tokenizer(config.model)
         splits = make_encoder(config, task, tokenizer, models.load_shape(config.model)).encode()
-        return Shown(task, tokenizer, splits, None, packs=False)
+        return Shown(task, tokenizer, splits, None, False, config.training)
     run = prepare(config, world_size=processes)
-    return Shown(run.task, run.tokenizer, run.splits, run.data, models.takes_attention_bias(run.shape))
+    packs = models.takes_attention_bias(run.shape)
+    return Shown(run.task, run.tokenizer, run.splits, run.data, packs, config.training)
 
 
-def padding_lines(data: TrainingData, packs: bool) -> Iterator[str]:
+def padding_lines(data: TrainingData, task: Task, training: TrainingConfig, packs: bool) -> Iterator[str]:
     """What the first epoch's batches cost as they are configured, and otherwise."""
-    order = [int(at) for at in data.order(0)]
-    layouts = {"padded": replace(data.layout, pack=False)} | (
-        {"packed": replace(data.layout, pack=True)} if packs else {}
-    )
-    rows = [["", "tokens", "computed", "efficiency"]]
-    for name, layout in layouts.items():
-        cost = epoch_cost(data, order, layout)
-        chosen = " (configured)" if layout == data.layout else ""
-        rows.append([name + chosen, f"{cost.valid:,}", f"{cost.computed:,}", f"{cost.valid / cost.computed:.1%}"])
+    rows = [["packing", "group_by_length", "tokens", "computed", "efficiency", ""]]
+    for pack, group in product((False, True) if packs else (False,), (False, True)):
+        order = order_of(data.examples, task, training.model_copy(update={"group_by_length": group}))
+        cost = epoch_cost(data, order(0).tolist(), replace(data.layout, pack=pack))
+        chosen = "configured" if (pack, group) == (training.packing, training.group_by_length) else ""
+        numbers = f"{cost.valid:,}", f"{cost.computed:,}", f"{cost.valid / cost.computed:.1%}"
+        rows.append([str(pack).lower(), str(group).lower(), *numbers, chosen])
+    processes = "1 process" if data.world_size == 1 else f"{data.world_size} processes"
     yield (
-        f"first epoch: {data.steps_per_epoch} steps of {data.batch_size} = {data.micro_batch_size} micro x"
-        f" {data.world_size} processes; tokens that the model reads, and computes with padding"
+        f"the first epoch, {data.steps_per_epoch} steps of {data.batch_size}, in micro batches of"
+        f" {data.micro_batch_size} on {processes}: tokens that the model reads, and computes with padding"
     )
-    yield from (f"  {line}" for line in table(rows, 1))
+    yield from (f"  {line}" for line in table(rows, 2))
 
 
 def report(shown: Shown, split: str | None, examples: int, full: bool) -> Iterator[str]:
@@ -103,7 +105,7 @@ def report(shown: Shown, split: str | None, examples: int, full: bool) -> Iterat
     yield from split_lines(splits, {name: len(given[name]) for name in splits})
     if shown.data:
         yield ""
-        yield from padding_lines(shown.data, shown.packs)
+        yield from padding_lines(shown.data, task, shown.training, shown.packs)
     yield ""
     yield f"the first examples of {split}; what is scored stands between [[ and ]]"
     for example in splits[split][:examples]:

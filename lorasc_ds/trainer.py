@@ -17,13 +17,14 @@ from lorasc_ds import models
 from lorasc_ds.adapters import AdaptedWeight, backbone_parameters, other_matrices, parameter_groups
 from lorasc_ds.algorithm.ledger import Adapter, Base, Ledger, LedgerError
 from lorasc_ds.cascade import Boundaries
-from lorasc_ds.data import Batch, derived_seed
+from lorasc_ds.data import Batch
 from lorasc_ds.encoded import EncodedExample
 from lorasc_ds.errors import CheckpointError, ConfigError
 from lorasc_ds.evaluation import check_layout, evaluate, evaluation_mode, for_the_loss_alone
 from lorasc_ds.generation import Generator
 from lorasc_ds.live_weights import LiveWeights
 from lorasc_ds.objectives import scored_logits, summed_loss
+from lorasc_ds.order import derived_seed
 from lorasc_ds.preparation import Preparation
 from lorasc_ds.reports import StepReport
 from lorasc_ds.selection import Selection

@@ -21,7 +21,7 @@ def load_task(config: TaskConfig, seed: int) -> Task:
         case DigitsConfig():
             return digits(seed=seed, **config.model_dump(exclude={"name"}))
         case TextConfig():
-            return text(**config.model_dump(exclude={"name", "block_size", "weights", "streaming"}))
+            return text(**config.model_dump(exclude={"name", "block_size", "streaming"}))
         case InstructionConfig():
             return instructions(**config.model_dump(exclude={"streaming"}))
     raise NotImplementedError(config.name)

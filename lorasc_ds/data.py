@@ -14,7 +14,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from lorasc_ds.encoding import EncodedExample, ScoredTokens
+from lorasc_ds.encoded import EncodedExample, ScoredTokens
 from lorasc_ds.order import Order
 
 

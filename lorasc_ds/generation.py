@@ -16,7 +16,8 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from lorasc_ds.encoding import EncodedExample, single_id
+from lorasc_ds.encoded import EncodedExample
+from lorasc_ds.encoding import single_id
 from lorasc_ds.order import derived_seed
 from lorasc_ds.tasks import Generation
 

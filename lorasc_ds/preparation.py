@@ -15,7 +15,8 @@ from lorasc_ds.adapters import AdaptedWeight, attach
 from lorasc_ds.algorithm.plan import Expert, Plan, Schedule, compressed_warmup
 from lorasc_ds.config import Config, TrainingConfig
 from lorasc_ds.data import Layout, TrainingData
-from lorasc_ds.encoding import EncodedExample, Encoder, digest_of
+from lorasc_ds.encoded import EncodedExample, digest_of
+from lorasc_ds.encoding import Encoder
 from lorasc_ds.errors import ConfigError
 from lorasc_ds.method import Method, make_method, make_plan, make_schedule, unused_settings
 from lorasc_ds.order import Order, Source, sources_of
@@ -54,6 +55,7 @@ class Preparation:
     selection_steps: frozenset[int]
     truncated: int
     shots_left_out: int
+    left_out: int
 
     @property
     def data_sha256(self) -> dict[str, str]:
@@ -133,6 +135,11 @@ class Preparation:
         lines += [f"protocol  {line}" for line in self.task.notes]
         if self.shots_left_out:
             lines.append(f"note      {self.shots_left_out} demonstrations are left out of prompts that were too long")
+        if self.left_out:
+            lines.append(
+                f"note      {self.left_out} rows are left out: cut to length, nothing of them is scored; raise"
+                " training.max_length"
+            )
         lines += [f"note      {line}" for line in repeated(self.splits)]
         unused = unused_settings(cascade)
         if unused:
@@ -217,6 +224,18 @@ def micro_batch_size(training: TrainingConfig, world_size: int) -> int:
     return micro
 
 
+def make_encoder(config: Config, task: Task, tokenizer: PreTrainedTokenizerBase, shape: PreTrainedModel) -> Encoder:
+    """What makes tokens of the task for this model."""
+    return Encoder(
+        tokenizer,
+        task,
+        max_length=config.training.max_length,
+        model_limit=models.longest_sequence(shape),
+        vocabulary_size=models.vocabulary_size(shape),
+        block_size=config.task.block_size if isinstance(config.task, TextConfig) else None,
+    )
+
+
 def prepare(config: Config, rank: int = 0, world_size: int = 1) -> Preparation:
     """Read the data, tokenise it, lay the model out on the meta device and plan the steps.
 
@@ -230,14 +249,7 @@ def prepare(config: Config, rank: int = 0, world_size: int = 1) -> Preparation:
     task = load_task(config.task, config.training.seed)
     tokenizer = models.load_tokenizer(config.model)
     shape = models.load_shape(config.model)
-    encoder = Encoder(
-        tokenizer,
-        task,
-        max_length=config.training.max_length,
-        model_limit=models.longest_sequence(shape),
-        vocabulary_size=models.vocabulary_size(shape),
-        block_size=config.task.block_size if isinstance(config.task, TextConfig) else None,
-    )
+    encoder = make_encoder(config, task, tokenizer, shape)
     weights = attach_adapters(config, shape)
     splits = encoder.encode()
     training = config.training
@@ -281,6 +293,7 @@ def prepare(config: Config, rank: int = 0, world_size: int = 1) -> Preparation:
         selection_steps=epoch_ends,
         truncated=encoder.truncated,
         shots_left_out=encoder.shots_left_out,
+        left_out=encoder.left_out,
     )
 
 

@@ -134,11 +134,13 @@ class InstructionConfig(PublicData):
         default=None,
         description="A .json or .jsonl file of rows with instruction, input and output, or with messages; or several.",
     )
-    eval_file: str | None = Field(default=None, description="Held-out rows; null: dev_examples of train_file.")
+    eval_file: str | None = Field(default=None, description="Held-out rows; null: dev_examples of the training rows.")
     weights: Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(strict=False, min_length=2)] | None = Field(
         default=None, description="Shares of the train files in an epoch; null: as many rows as each has."
     )
-    dev_examples: int = Field(default=2000, ge=1, description="Rows held out for selection.")
+    dev_examples: int | None = Field(
+        default=None, ge=1, description="Rows held out for selection; null: MELoRA's 2000, but at most a tenth."
+    )
     sample_seed: int = Field(default=42, ge=0, lt=2**32, description="Draws the rows that are held out.")
     template: Literal["alpaca", "stanford", "chat"] | None = Field(
         default=None,

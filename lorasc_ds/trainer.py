@@ -18,7 +18,7 @@ from lorasc_ds.adapters import AdaptedWeight, backbone_parameters, other_matrice
 from lorasc_ds.algorithm.ledger import Adapter, Base, Ledger, LedgerError
 from lorasc_ds.cascade import Boundaries
 from lorasc_ds.data import Batch
-from lorasc_ds.encoding import EncodedExample
+from lorasc_ds.encoded import EncodedExample
 from lorasc_ds.errors import CheckpointError, ConfigError
 from lorasc_ds.evaluation import check_layout, evaluate, evaluation_mode, for_the_loss_alone
 from lorasc_ds.generation import Generator

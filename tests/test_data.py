@@ -11,7 +11,8 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from lorasc_ds.data import Layout, TrainingData, collate
-from lorasc_ds.encoding import EncodedExample, Encoder, ScoredTokens
+from lorasc_ds.encoded import EncodedExample, ScoredTokens
+from lorasc_ds.encoding import Encoder
 from lorasc_ds.errors import ConfigError, DataError
 from lorasc_ds.models import QUICKSTART_BASE
 from lorasc_ds.order import Order

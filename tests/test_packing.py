@@ -26,7 +26,7 @@ from transformers import (
 
 from lorasc_ds import objectives
 from lorasc_ds.data import Layout, Tree, collate, rows_of
-from lorasc_ds.encoding import ScoredTokens
+from lorasc_ds.encoded import ScoredTokens
 from lorasc_ds.models import takes_attention_bias
 from lorasc_ds.objectives import scored_logits, summed_loss
 from lorasc_ds.order import Order

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from lorasc_ds.task_config import DigitsConfig, TaskConfig, TextConfig
+from lorasc_ds.task_config import DigitsConfig, InstructionConfig, TaskConfig, TextConfig
 from lorasc_ds.tasks.base import Example, Generation, Message, Scores, Task
 from lorasc_ds.tasks.digits import digits
+from lorasc_ds.tasks.instructions import instructions
 from lorasc_ds.tasks.text import text
 
 __all__ = ["Example", "Generation", "Message", "Scores", "Task", "load_task"]
@@ -21,4 +22,6 @@ def load_task(config: TaskConfig, seed: int) -> Task:
             return digits(seed=seed, **config.model_dump(exclude={"name"}))
         case TextConfig():
             return text(**config.model_dump(exclude={"name", "block_size", "streaming"}))
+        case InstructionConfig():
+            return instructions(**config.model_dump(exclude={"streaming"}))
     raise NotImplementedError(config.name)

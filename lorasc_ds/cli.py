@@ -11,7 +11,7 @@ import types
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError
@@ -20,6 +20,8 @@ from pydantic.fields import FieldInfo
 from lorasc_ds.config import Config
 from lorasc_ds.errors import ConfigError
 from lorasc_ds.task_config import TaskConfig
+
+C = TypeVar("C", bound=Config)
 
 
 class RecipeLoader(yaml.SafeLoader):
@@ -117,10 +119,11 @@ def parse_override(text: str, fields: list[FieldInfo]) -> Any:
     words = [kind for kind in kinds if kind is str or get_origin(kind) is Literal]
     if len(words) == len([kind for kind in kinds if kind is not type(None)]):
         return text
-    if any(text in get_args(kind) for kind in words):
-        return text
-    for kind in kinds:
-        if get_origin(kind) is tuple and not text.startswith("["):
+    lists = [kind for kind in kinds if get_origin(kind) is tuple]
+    if any(text in get_args(kind) for kind in words) or (lists and str in kinds and not re.search(r"^\[|,", text)):
+        return text  # what may be a text or several is one, if nothing separates it
+    for kind in lists:
+        if not text.startswith("["):
             if get_args(kind)[0] is str:
                 return [part.strip() for part in text.split(",")]
             text = f"[{text}]"
@@ -145,7 +148,9 @@ def did_you_mean(key: str, known: Sequence[str]) -> str:
     return f"; did you mean {close[0]}?" if close else ""
 
 
-def explain(error: ValidationError, places: dict[str, str], section: str | None = None) -> ConfigError:
+def explain(
+    error: ValidationError, places: dict[str, str], model: type[Config] = Config, section: str | None = None
+) -> ConfigError:
     """A pydantic error as one line: the key, where it stands, the value, what is needed.
 
     Args:
@@ -168,7 +173,7 @@ def explain(error: ValidationError, places: dict[str, str], section: str | None 
         context = detail.get("ctx", {})
         place = f" ({places[key]})" if key in places else ""
         if detail["type"] == "extra_forbidden":
-            known = [*Config.model_fields, *fields_of()]
+            known = [*model.model_fields, *fields_of(model)]
             hint = f"; task {detail['loc'][1]} does not have it" if key in known else did_you_mean(key, known)
             lines.append(f"unknown key {key}{place}{hint}")
         elif detail["type"] == "missing":
@@ -201,7 +206,7 @@ def build_task(name: str, settings: dict[str, Any], overrides: dict[str, str]) -
             {"name": name} | settings | given
         )
     except ValidationError as error:
-        raise explain(error, {}, name) from None
+        raise explain(error, {}, section=name) from None
 
 
 def task_fields() -> dict[str, dict[str, FieldInfo]]:
@@ -213,21 +218,24 @@ def task_fields() -> dict[str, dict[str, FieldInfo]]:
     }
 
 
-def build_config(content: dict[str, Any], places: dict[str, str], overrides: dict[str, str]) -> Config:
+def build_config(
+    content: dict[str, Any], places: dict[str, str], overrides: dict[str, str], model: type[C] = Config
+) -> C:
     """The recipe with the overrides laid over it, validated.
 
     An override of `task.name` with another task replaces the recipe's whole `task` section.
 
+    Args:
+        model: of the configuration.
+
     Raises:
         ConfigError: one line with the key, the place and the remedy.
     """
-    known = fields_of()
+    known = fields_of(model)
     sections = {name: {} if section is None else section for name, section in ({"task": None} | content).items()}
     for name, section in sections.items():
-        if name not in Config.model_fields:
-            raise ConfigError(
-                f"unknown key {name} ({places[name]}){did_you_mean(name, [*Config.model_fields, *known])}"
-            )
+        if name not in model.model_fields:
+            raise ConfigError(f"unknown key {name} ({places[name]}){did_you_mean(name, [*model.model_fields, *known])}")
         if not isinstance(section, dict):
             raise ConfigError(f"{name} is {section!r} ({places[name]}): a section with keys of its own is needed")
     sections["task"] = {"name": "digits"} | sections["task"]
@@ -238,9 +246,9 @@ def build_config(content: dict[str, Any], places: dict[str, str], overrides: dic
         sections[name] = sections.get(name, {}) | {field: parse_override(text, known[key])}
         places = places | {key: f"--{key}"}
     try:
-        return Config.model_validate(sections)
+        return model.model_validate(sections)
     except ValidationError as error:
-        raise explain(error, places) from None
+        raise explain(error, places, model) from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -275,7 +283,7 @@ def make_parser(default_recipe: Path) -> argparse.ArgumentParser:
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--config", type=Path, default=default_recipe, help="YAML recipe (default: the quickstart)")
+    add_recipe(parser, default_recipe)
     parser.add_argument("--output_dir", type=Path, help="run directory (default: runs/RECIPE-STRATEGY)")
     parser.add_argument(
         "--resume",
@@ -301,10 +309,38 @@ def make_parser(default_recipe: Path) -> argparse.ArgumentParser:
     parser.add_argument("--print_config", action="store_true", help="print every field with its meaning, and stop")
     parser.add_argument("--deepspeed", type=Path, metavar="JSON", help="DeepSpeed settings, as in ds_configs/")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
-    group = parser.add_argument_group("overrides of the recipe")
-    for key, fields in fields_of().items():
-        group.add_argument(f"--{key}", metavar="VALUE", help=meaning(fields).replace("%", "%%"))
     return parser
+
+
+def add_recipe(parser: argparse.ArgumentParser, default_recipe: Path, model: type[Config] = Config) -> None:
+    """`--config` and an override for every field."""
+    parser.add_argument("--config", type=Path, default=default_recipe, help="YAML recipe (default: the quickstart)")
+    group = parser.add_argument_group("overrides of the recipe")
+    for key, fields in fields_of(model).items():
+        group.add_argument(f"--{key}", metavar="VALUE", help=meaning(fields).replace("%", "%%"))
+
+
+def parse(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> argparse.Namespace:
+    """
+    Raises:
+        ConfigError: an unknown flag.
+    """
+    options, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        flag = unknown[0].split("=")[0]
+        flags = [option for action in parser._actions for option in action.option_strings]
+        raise ConfigError(f"unknown argument {unknown[0]}{did_you_mean(flag, flags)}")
+    return options
+
+
+def configuration(options: argparse.Namespace, model: type[C] = Config) -> C:
+    """The recipe that the command line names, with its overrides.
+
+    Raises:
+        ConfigError: it is impossible.
+    """
+    overrides = {key: value for key, value in vars(options).items() if "." in key and value is not None}
+    return build_config(*load_yaml(options.config), overrides, model)
 
 
 def parse_command_line(arguments: Sequence[str], default_recipe: Path) -> Invocation | str:
@@ -313,20 +349,13 @@ def parse_command_line(arguments: Sequence[str], default_recipe: Path) -> Invoca
     Raises:
         ConfigError: an unknown flag or an impossible configuration.
     """
-    parser = make_parser(default_recipe)
-    options, unknown = parser.parse_known_args(arguments)
-    if unknown:
-        flag = unknown[0].split("=")[0]
-        flags = [option for action in parser._actions for option in action.option_strings]
-        raise ConfigError(f"unknown argument {unknown[0]}{did_you_mean(flag, flags)}")
+    options = parse(make_parser(default_recipe), arguments)
     for flag, number in (("--gpus", options.gpus), ("--gpu_memory", options.gpu_memory)):
         if number is not None and not 0 < number < math.inf:
             raise ConfigError(f"{flag} is {number:g}: a number above 0 is needed")
         if number is not None and not options.dry_run:
             raise ConfigError(f"{flag} {number:g} is for planning: add --dry_run, or leave it out")
-    overrides = {key: value for key, value in vars(options).items() if "." in key and value is not None}
-    content, places = load_yaml(options.config)
-    config = build_config(content, places, overrides)
+    config = configuration(options)
     if options.print_config:
         return describe(config)
     output_dir = options.output_dir or Path("runs") / f"{options.config.stem}-{config.cascade.strategy}"

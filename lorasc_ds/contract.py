@@ -30,9 +30,11 @@ FREE = {
 
 BY_OVERRIDE = {
     "cascade.rewarmup_steps",
+    "training.early_stopping_patience",
     "training.epochs",
     "training.learning_rate",
     "training.max_grad_norm",
+    "training.max_steps",
     "training.schedule",
     "training.schedule_span",
     "training.warmup_steps",

@@ -6,7 +6,6 @@ alone share one forward pass.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
@@ -15,7 +14,8 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from lorasc_ds.encoding import EncodedExample, ScoredTokens
+from lorasc_ds.encoded import EncodedExample, ScoredTokens
+from lorasc_ds.order import Order
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,48 +234,44 @@ class StepBatch:
     normaliser: int
 
 
-def derived_seed(*parts: int) -> int:
-    """A 63-bit seed that depends on all parts, the same on every machine."""
-    text = ":".join(map(str, parts)).encode()
-    return int.from_bytes(hashlib.sha256(text).digest()[:8], "big") >> 1
-
-
 class TrainingData:
     """The batches of a run as a pure function of the optimizer step: every epoch in its own order.
 
-    The last batch of an epoch may be smaller; no example is left out or seen twice. A global batch is cut
-    into the same micro batches whatever the number of processes, which take them in turn.
+    The last batch of an epoch may be smaller. A global batch is cut into the same micro batches whatever the number of
+    processes, which take them in turn.
+
+    Args:
+        order: of the examples in every epoch.
     """
 
     def __init__(
         self,
         examples: Sequence[EncodedExample],
         *,
+        order: Order,
         loss: str,
-        batch_size: int,
         micro_batch_size: int,
-        seed: int,
         layout: Layout,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
         self.examples = examples
+        self.order = order
         self.loss = loss
-        self.batch_size = batch_size
+        self.batch_size = order.batch_size
         self.micro_batch_size = micro_batch_size
-        self.seed = seed
         self.layout = layout
         self.rank = rank
         self.world_size = world_size
-        self.steps_per_epoch = math.ceil(len(examples) / batch_size)
-        self.orders: dict[int, list[int]] = {}
+        self.steps_per_epoch = math.ceil(len(examples) / order.batch_size)
+        self.orders: dict[int, Tensor] = {}
 
-    def order(self, epoch: int) -> list[int]:
-        """The examples of an epoch in its own order; that of the epoch under way is kept, not drawn at every step."""
+    def positions(self, step: int) -> list[int]:
+        """Of the examples of a step; the order of the epoch under way is kept, not drawn at every step."""
+        epoch, index = divmod(step, self.steps_per_epoch)
         if epoch not in self.orders:
-            generator = torch.Generator().manual_seed(derived_seed(self.seed, epoch))
-            self.orders = {epoch: torch.randperm(len(self.examples), generator=generator).tolist()}
-        return self.orders[epoch]
+            self.orders = {epoch: self.order(epoch)}
+        return self.orders[epoch][index * self.batch_size : (index + 1) * self.batch_size].tolist()
 
     def collate(self, examples: Sequence[EncodedExample]) -> Batch:
         if self.loss == "lm":
@@ -284,20 +280,19 @@ class TrainingData:
 
     def step(self, step: int) -> StepBatch:
         """The global batch of optimizer step `step`, counted from 0 over the run."""
-        epoch, index = divmod(step, self.steps_per_epoch)
-        chosen = self.order(epoch)[index * self.batch_size : (index + 1) * self.batch_size]
+        chosen = [self.examples[at] for at in self.positions(step)]
         size = self.micro_batch_size
 
         def micro_batch(number: int) -> MicroBatch:
             first = number * size
             counts = first < len(chosen)
             first = first if counts else 0  # the end of an epoch: nothing is left for this process
-            return MicroBatch(first, self.collate([self.examples[i] for i in chosen[first : first + size]]), counts)
+            return MicroBatch(first, self.collate(chosen[first : first + size]), counts)
 
         rounds = math.ceil(len(chosen) / (size * self.world_size))
-        tokens = sum(self.examples[i].target.scored for i in chosen)
+        tokens = sum(example.target.scored for example in chosen)
         return StepBatch(
-            ids=tuple(self.examples[i].id for i in chosen),
+            ids=tuple(example.id for example in chosen),
             micro_batches=tuple(micro_batch(turn * self.world_size + self.rank) for turn in range(rounds)),
             normaliser=tokens if self.loss == "lm" else len(chosen),
         )

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from transformers import PreTrainedTokenizerBase
-
 from lorasc_ds.duration import duration_lines
-from lorasc_ds.encoding import EncodedExample, ScoredTokens
 from lorasc_ds.memory import (
     FREE_SHARE,
     GIB,
@@ -21,6 +18,7 @@ from lorasc_ds.memory import (
     tensors_of,
 )
 from lorasc_ds.preparation import Preparation
+from lorasc_ds.preview import short_lines
 
 PREVIEWED_EXAMPLES = 3
 SHOWN_EXPERTS = 3
@@ -118,24 +116,5 @@ def step_lines(preparation: Preparation) -> Iterator[str]:
 
 def preview_lines(preparation: Preparation) -> Iterator[str]:
     yield f"the first {PREVIEWED_EXAMPLES} training examples; what is scored stands between [[ and ]]"
-    for example in preparation.splits["train"][:PREVIEWED_EXAMPLES]:
-        yield f"  {example.id} ({len(example.target.ids)} tokens, {example.target.scored} scored)"
-        for tokens in shown(example, preparation.task.loss):
-            yield f"    {marked(preparation.tokenizer, tokens)}"
-
-
-def shown(example: EncodedExample, loss: str) -> tuple[ScoredTokens, ...]:
-    return example.candidates if loss == "classification" else (example.target,)
-
-
-def marked(tokenizer: PreTrainedTokenizerBase, tokens: ScoredTokens) -> str:
-    """The decoded sequence with its scored end marked; long ones without their middle."""
-    cut = len(tokens.ids) - tokens.scored
-    given, scored = (
-        str(tokenizer.decode(list(ids))).replace("\n", "\\n") for ids in (tokens.ids[:cut], tokens.ids[cut:])
-    )
-    return f"{shortened(given)}[[{shortened(scored)}]]"
-
-
-def shortened(text: str, length: int = 200) -> str:
-    return text if len(text) <= length else f"{text[: length // 2]} ... {text[-length // 2 :]}"
+    examples = preparation.splits["train"][:PREVIEWED_EXAMPLES]
+    yield from short_lines(preparation.tokenizer, examples, preparation.task.loss)

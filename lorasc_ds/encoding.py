@@ -1,76 +1,16 @@
-"""From examples to tokens, every row checked before a weight is loaded.
-
-A sequence of tokens is scored on its last `scored` tokens, given all before them.
-"""
+"""From examples to tokens, every row checked before a weight is loaded."""
 
 from __future__ import annotations
 
-import hashlib
-from array import array
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any, cast
 
 from transformers import PreTrainedTokenizerBase
 
+from lorasc_ds.chat import encode_chat
+from lorasc_ds.encoded import EncodedExample, Prompt, ScoredTokens
 from lorasc_ds.errors import ConfigError, DataError
 from lorasc_ds.tasks import Example, Task
-
-
-@dataclass(frozen=True, slots=True)
-class ScoredTokens:
-    """Token ids, of which some are predicted, each from all before it.
-
-    Args:
-        scored: how many are predicted.
-        positions: which; None: the last ones. Never the first token.
-    """
-
-    ids: tuple[int, ...]
-    scored: int
-    positions: tuple[int, ...] | None = None
-
-    @property
-    def targets(self) -> Sequence[int]:
-        """The positions of what is predicted."""
-        return range(len(self.ids) - self.scored, len(self.ids)) if self.positions is None else self.positions
-
-
-@dataclass(frozen=True, slots=True)
-class EncodedExample:
-    """An example as tokens, once per candidate; `gold` as in `Example`.
-
-    Args:
-        prompt: what an answer is generated from; empty where none is.
-        source: the example itself, where its answer is generated.
-        group: as in `Example`.
-    """
-
-    id: str
-    candidates: tuple[ScoredTokens, ...]
-    gold: tuple[int, ...]
-    prompt: tuple[int, ...] = ()
-    source: Example | None = None
-    group: str = ""
-
-    @property
-    def target(self) -> ScoredTokens:
-        """The right answer, which language modelling trains on."""
-        return self.candidates[self.gold[0]]
-
-
-def digest_of(examples: Iterable[EncodedExample]) -> str:
-    """sha256 over examples in their order: ids, tokens, what is scored and what is right."""
-    total = hashlib.sha256()
-    for example in examples:
-        lengths = [number for candidate in example.candidates for number in (len(candidate.ids), candidate.scored)]
-        numbers = array("q", [*lengths, -1, *example.gold, -1])
-        for candidate in example.candidates:
-            numbers.extend(candidate.ids)
-            numbers.extend(candidate.positions or ())
-        numbers.extend(example.prompt)
-        total.update(example.id.encode() + b"\0" + numbers.tobytes())
-    return total.hexdigest()
 
 
 class Encoder:
@@ -114,9 +54,10 @@ class Encoder:
         if task.generation is not None:
             self.limit = self.room(self.limit, task.generation.max_new_tokens)
         self.vocabulary_size = vocabulary_size
-        self.block_size = block_size
+        self.block_size = block_size or 0
         self.truncated = 0
         self.shots_left_out = 0
+        self.left_out = 0  # rows of which the limit leaves nothing that is scored
         # Some tokenizers close every text by themselves; whether a text ends is said here alone.
         self.closes_texts = bool(self.end) and self.encode_texts([""])[0][-1:] == self.end
 
@@ -136,7 +77,7 @@ class Encoder:
         return own if own < self.vocabulary_size else 0
 
     def encode_texts(self, texts: list[str]) -> list[list[int]]:
-        return cast(list[list[int]], self.tokenizer(texts, verbose=False)["input_ids"])
+        return cast(list[list[int]], self.tokenizer(texts, verbose=False)["input_ids"]) if texts else []
 
     def encode(self) -> dict[str, Sequence[EncodedExample]]:
         """Every split of the task.
@@ -168,29 +109,43 @@ class Encoder:
         if self.closes_texts:
             ids = [of_text[:-1] for of_text in ids]
         for where, of_text in zip(origins.values(), ids, strict=True):
-            if of_text and max(of_text) >= self.vocabulary_size:
-                raise DataError(
-                    f"{where}: token id {max(of_text)} is outside the model's vocabulary of {self.vocabulary_size}:"
-                    " the tokenizer belongs to another model"
-                )
+            self.check_vocabulary(of_text, where)
         return dict(zip(origins, ids, strict=True))
+
+    def check_vocabulary(self, ids: Sequence[int], where: str) -> None:
+        if max(ids, default=0) >= self.vocabulary_size:
+            raise DataError(
+                f"{where}: token id {max(ids)} is outside the model's vocabulary of {self.vocabulary_size}: the"
+                " tokenizer belongs to another model"
+            )
 
     def encode_answers(self, examples: Sequence[Example]) -> list[EncodedExample]:
         """Prompts with candidates. An answer's length is that of the full text less that of the prompt."""
         texts = [(text, e.id) for e in examples if e.texts for text in (e.prompt, *e.texts)]
         tokens = self.tokens((form, where) for text, where in texts for form in (text.strip(" "), trimmed(text)))
-        prompts = self.prompts(examples) if self.task.generation else [()] * len(examples)
+        prompts = self.prompts(examples) if self.task.generation else [Prompt()] * len(examples)
         encoded = []
         for example, prompt in zip(examples, prompts, strict=True):
-            candidates = []
+            candidates, cut = [], prompt.cut
             for text in example.texts:
                 scored = len(tokens[text.strip(" ")]) - len(tokens[example.prompt.strip(" ")])
                 candidates.append(self.truncate(tokens[trimmed(text)], scored, example.id))
-            source = example if self.task.generation else None
-            encoded.append(EncodedExample(example.id, tuple(candidates), example.gold, prompt, source, example.group))
+                cut = max(cut, len(tokens[trimmed(text)]) - len(candidates[-1].ids))
+            encoded.append(
+                EncodedExample(
+                    example.id,
+                    tuple(candidates),
+                    example.gold,
+                    prompt=prompt.ids,
+                    source=example if self.task.generation else None,
+                    group=example.group,
+                    cut=cut,
+                    shots_left_out=prompt.shots_left_out,
+                )
+            )
         return encoded
 
-    def prompts(self, examples: Sequence[Example]) -> list[tuple[int, ...]]:
+    def prompts(self, examples: Sequence[Example]) -> list[Prompt]:
         """What an answer is generated from: as many shots as fit, the last ones are left out first."""
         assert self.task.generation is not None
         room = min((n for n in (self.task.generation.max_length, self.limit) if n is not None), default=None)
@@ -207,46 +162,55 @@ class Encoder:
                 shots -= 1
                 ids = self.tokens([(text(example, shots), example.id)])[text(example, shots)]
             self.shots_left_out += len(example.shots) - shots
+            cut = max(0, len(ids) - room) if room is not None else 0
             if not ids:
                 raise DataError(f"{example.id}: its prompt has no token; give the row a prompt")
-            if room is not None and len(ids) > room:
+            if cut:
                 self.truncated += 1
-                ids = self.cut(ids, room)
-            prompts.append(tuple(ids))
+                ids = self.cut(ids, len(ids) - cut)
+            prompts.append(Prompt(tuple(ids), cut, len(example.shots) - shots))
         return prompts
 
     def encode_sequences(self, examples: Sequence[Example]) -> list[EncodedExample]:
-        """Rows by themselves: prompt and answer, of which the whole or the answer is scored."""
-        texts = [(text, example.id) for example in examples for text in (example.prompt, example.texts[0])]
+        """Rows by themselves, of which the whole or the answer is scored, without those that lost it to the limit."""
+        masks = self.task.mask_prompt
+        plain = [example for example in examples if not example.messages]
+        texts = ((text, e.id) for e in plain for text in ((e.prompt, e.texts[0]) if masks else e.texts[:1]))
         tokens = self.tokens(texts)
-        encoded = []
-        for example in examples:
-            ids = tokens[example.texts[0]]
-            unscored = len(tokens[example.prompt]) if self.task.mask_prompt else 1
-            encoded.append(self.sequence(example, ids, [at >= unscored for at in range(len(ids))]))
-        return encoded
 
-    def sequence(self, example: Example, ids: list[int], scored: list[bool]) -> EncodedExample:
-        """A row cut to length, or closed by the end-of-text token where it fits.
+        def scored_tokens(example: Example) -> tuple[list[int], list[bool]]:
+            if example.messages:
+                return encode_chat(self.tokenizer, example, masks)
+            ids = tokens[example.texts[0]]
+            unscored = len(tokens[example.prompt]) if masks else 0
+            return ids, [at >= unscored for at in range(len(ids))]
+
+        encoded = (self.sequence(example, *scored_tokens(example)) for example in examples)
+        return [example for example in encoded if example is not None]
+
+    def sequence(self, example: Example, ids: list[int], scored: list[bool]) -> EncodedExample | None:
+        """A row cut to length, or closed by the end-of-text token where it fits; None: nothing scored is left.
 
         Args:
             scored: of every token, whether it is; of the first it does not matter.
         """
-        where = example.id
-        if self.task.ends and self.end and ids[-1:] != self.end and (self.limit is None or len(ids) < self.limit):
+        where, ends = example.id, self.task.ends and not example.messages
+        if ends and self.end and ids[-1:] != self.end and (self.limit is None or len(ids) < self.limit):
             ids, scored = [*ids, *self.end], [*scored, True]
-        if self.limit is not None and len(ids) > self.limit:
+        self.check_vocabulary(ids, where)
+        cut = 0 if self.limit is None else max(0, len(ids) - self.limit)
+        if cut:
             self.refuse_unless_cut(len(ids), where)
             ids, scored = ids[: self.limit], scored[: self.limit]
         positions = tuple(at for at in range(1, len(ids)) if scored[at])
+        if not positions and cut:
+            self.left_out += 1
+            return None
         if not positions:
-            raise DataError(
-                f"{where}: nothing of its {len(ids)} tokens is scored; give the row an answer, or raise"
-                " training.max_length"
-            )
+            raise DataError(f"{where}: nothing of its {len(ids)} tokens is scored; give the row an answer")
         at_end = positions == tuple(range(len(ids) - len(positions), len(ids)))
         tokens = ScoredTokens(tuple(ids), len(positions), None if at_end else positions)
-        return EncodedExample(where, (tokens,), (0,), group=example.group)
+        return EncodedExample(where, (tokens,), (0,), group=example.group, cut=cut)
 
     def truncate(self, ids: list[int], scored: int, where: str) -> ScoredTokens:
         """Keep the first special token and the end, so that the answer stays."""
@@ -278,21 +242,37 @@ class Encoder:
         return [*head, *ids[len(ids) - length + len(head) :]]
 
     def pack(self, documents: Sequence[Example]) -> list[EncodedExample]:
-        """Documents end to end, each closed by the end-of-text token, cut into blocks."""
-        assert self.block_size is not None
+        """Documents end to end, each closed by the end-of-text token, cut into blocks; those of every group apart."""
+        tokens = self.documents(documents)
+        blocks: list[EncodedExample] = []
+        for group in dict.fromkeys(document.group for document in documents):
+            stream = [
+                id
+                for of_one, document in zip(tokens, documents, strict=True)
+                if document.group == group
+                for id in of_one
+            ]
+            starts = range(0, len(stream) - 1, self.block_size)
+            blocks += [
+                self.block(stream[at : at + self.block_size], number, group)
+                for number, at in enumerate(starts, start=1)
+            ]
+        return blocks
+
+    def documents(self, documents: Sequence[Example]) -> list[list[int]]:
+        """The tokens of every document, closed by the end-of-text token."""
         if self.end and self.end[0] >= self.vocabulary_size:
             raise DataError(
                 f"the tokenizer's end-of-text token {self.end[0]} is outside the model's vocabulary of"
                 f" {self.vocabulary_size}: the tokenizer belongs to another model"
             )
         tokens = self.tokens((document.texts[0], document.id) for document in documents)
-        stream = [id for document in documents for id in (*tokens[document.texts[0]], *self.end)]
-        blocks = [stream[at : at + self.block_size] for at in range(0, len(stream), self.block_size)]
-        return [
-            EncodedExample(f"block {number}", (ScoredTokens(tuple(block), len(block) - 1),), (0,))
-            for number, block in enumerate(blocks, start=1)
-            if len(block) > 1
-        ]
+        return [[*tokens[document.texts[0]], *self.end] for document in documents]
+
+    def block(self, ids: Sequence[int], number: int, group: str) -> EncodedExample:
+        """Block `number`, from 1, of a group: every token but the first is scored."""
+        name = f"{group} block {number}".strip()
+        return EncodedExample(name, (ScoredTokens(tuple(ids), len(ids) - 1),), (0,), group=group)
 
 
 def single_id(id: int | list[int] | Any) -> int:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lorasc_ds.data import Layout, collate, trees_of
-from lorasc_ds.encoding import EncodedExample, ScoredTokens
+from lorasc_ds.encoded import EncodedExample, ScoredTokens
 from lorasc_ds.errors import ConfigError
 from lorasc_ds.generation import Generator
 from lorasc_ds.objectives import mean_log_probabilities, scored_logits, token_log_probabilities

@@ -17,8 +17,8 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from lorasc_ds.data import derived_seed
-from lorasc_ds.encoding import EncodedExample
+from lorasc_ds.encoded import EncodedExample
+from lorasc_ds.order import derived_seed
 from lorasc_ds.tasks import Generation
 
 
@@ -104,7 +104,7 @@ class Generator:
         return answer
 
 
-def ids_of(special: int | list[int] | None) -> set[int]:
+def ids_of(special: Any) -> set[int]:
     return set() if special is None else {special} if isinstance(special, int) else set(special)
 
 

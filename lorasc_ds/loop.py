@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ def train(
         PreemptedError: the run was asked to stop, and a checkpoint was written.
     """
     preparation, plan = trainer.preparation, trainer.preparation.plan
-    cascade, selection = trainer.cascade, trainer.selection
+    cascade, selection, patience = trainer.cascade, trainer.selection, trainer.patience
     tracker.say(f"engine    {trainer.engine.name}, merges {trainer.backend.merge_path}")
     tracker.learning_rates(trainer.learning_rates)
 
@@ -36,31 +36,44 @@ def train(
             with cascade.as_if_closed() as merged:
                 scores = trainer.evaluate()
                 selection.consider(progress.step, index, merged, scores)
+            patience.consider(progress.step, scores)
             tracker.evaluated(f"epoch {tracker.epoch:g}", scores)
             return
         scores = trainer.evaluate()
         tracker.evaluated(f"expert {index}/{plan.experts}" if progress.step else "before training", scores)
         if progress.step in preparation.selection_steps:
             selection.consider(progress.step, index, None, scores)
+            patience.consider(progress.step, scores)
 
     try:
         evaluate_if_due()
         for expert in progress.remaining(plan):
             if progress.phase == "merged":
+                if patience.over:
+                    break
                 tracker.opened(expert.index, asdict(cascade.open_expert(expert)))
             for step in range(progress.step, expert.stop):
+                if patience.over:  # closing here ships what was scored here
+                    break
                 learning_rate = preparation.learning_rate(expert, step)
                 report = trainer.training_step(step, learning_rate)
                 count(tracker, preparation.config.training, learning_rate, report)
                 progress = Progress.after(step, expert)
                 safe_points.reached(progress, report.asked_to_stop)
                 evaluate_if_due()
-            tracker.closed(asdict(cascade.close_expert(expert)))
-            progress = Progress(expert.stop)
-            safe_points.reached(progress, trainer.stopping.heard(trainer.processes))
-            evaluate_if_due()
+            tracker.closed(asdict(cascade.close_expert(replace(expert, stop=progress.step))))
+            progress = Progress(progress.step)
+            if not patience.over:
+                safe_points.reached(progress, trainer.stopping.heard(trainer.processes))
+                evaluate_if_due()
     except PreemptedError as reason:
         raise safe_points.leave(progress, reason) from None
+    if progress.step < plan.steps:
+        best = patience.best
+        tracker.stopped_early(
+            plan.steps,
+            f"no dev loss below {patience.losses[best]:.4g}, that of step {best}, in {patience.epochs} epochs",
+        )
     return ship(trainer, tracker, directory)
 
 
@@ -98,7 +111,7 @@ def ship(trainer: Trainer, tracker: Tracker, directory: Path) -> dict[str, Any]:
     selected_sha256, shipped_sha256 = trainer.weights_sha256(), trainer.live.shipped_sha256()
     trainer.save(directory / "model", shipped_sha256)
     trainer.processes.wait()  # the run is done when all are
-    config, plan = preparation.config, preparation.plan
+    config, plan, steps = preparation.config, preparation.plan, tracker.step
     return {
         "strategy": config.cascade.strategy,
         "adapter": config.adapter.model_dump(mode="json") | {"scaling": trainer.weights[0].scaling},
@@ -108,8 +121,9 @@ def ship(trainer: Trainer, tracker: Tracker, directory: Path) -> dict[str, Any]:
         "merge_path": trainer.backend.merge_path.split(":")[0],
         "device": str(trainer.processes.device),
         "world_size": trainer.processes.world_size,
-        "experts": plan.experts,
-        "steps": plan.steps,
+        "experts": plan.expert_at(steps - 1).index,
+        "steps": steps,
+        "stopped_early": steps if steps < plan.steps else None,
         "global_batch": config.training.batch_size,
         "learning_rates": trainer.learning_rates,
         "skipped_steps": tracker.skipped,
@@ -124,7 +138,7 @@ def ship(trainer: Trainer, tracker: Tracker, directory: Path) -> dict[str, Any]:
         "shipped_sha256": shipped_sha256,
         "shipped": {
             "select": config.training.select,
-            "step": selection.step or plan.steps,
+            "step": selection.step or steps,
             "weights_sha256": selected_sha256,
         },
     }

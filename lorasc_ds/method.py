@@ -96,7 +96,7 @@ def make_plan(cascade: CascadeConfig, steps: int, epochs: float) -> Plan:
     if experts > steps:
         raise ConfigError(
             f"cascade.experts is {experts}, but {epochs:g} epochs are only {steps} optimizer steps: an expert needs at"
-            " least one; lower experts or raise training.epochs"
+            " least one; lower experts, or raise training.epochs or training.max_steps"
         )
     return Plan(steps, experts)
 
@@ -114,7 +114,7 @@ def make_schedule(
     if warmup_steps >= plan.steps:
         raise ConfigError(
             f"training.warmup_steps is {warmup_steps}, but the run has only {plan.steps} optimizer steps: lower it, or"
-            " raise training.epochs"
+            " raise training.epochs or training.max_steps"
         )
     steps = plan.expert(min(2, plan.experts)).steps
     if schedule.span == "jagged" and plan.experts > 1 and (cascade.rewarmup_steps or 0) >= steps:

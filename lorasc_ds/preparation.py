@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lorasc_ds import models
@@ -14,9 +15,11 @@ from lorasc_ds.adapters import AdaptedWeight, attach
 from lorasc_ds.algorithm.plan import Expert, Plan, Schedule, compressed_warmup
 from lorasc_ds.config import Config, TrainingConfig
 from lorasc_ds.data import Layout, TrainingData
-from lorasc_ds.encoding import EncodedExample, Encoder, digest_of
+from lorasc_ds.encoded import EncodedExample, digest_of
+from lorasc_ds.encoding import Encoder
 from lorasc_ds.errors import ConfigError
 from lorasc_ds.method import Method, make_method, make_plan, make_schedule, unused_settings
+from lorasc_ds.order import Order, Source, sources_of
 from lorasc_ds.task_config import TextConfig
 from lorasc_ds.tasks import Task, load_task
 
@@ -52,6 +55,7 @@ class Preparation:
     selection_steps: frozenset[int]
     truncated: int
     shots_left_out: int
+    left_out: int
 
     @property
     def data_sha256(self) -> dict[str, str]:
@@ -99,11 +103,13 @@ class Preparation:
         trained, frozen = (
             sum(p.numel() for p in self.shape.parameters() if p.requires_grad is r) for r in (True, False)
         )
-        first = plan.expert(1)
+        first, max_steps = plan.expert(1), training.max_steps
         experts = (
             "1 expert" if plan.experts == 1 else f"{plan.experts} experts of about {plan.steps / plan.experts:g} steps"
         )
         restarted = {"run": "over the whole run", "expert": "once per expert", "jagged": "over the whole run, jagged"}
+        epochs = training.epochs if max_steps is None else plan.steps / self.data.steps_per_epoch
+        asked = "" if max_steps is None else f" (training.max_steps; epochs {training.epochs:g} is not used)"
         restarts = self.schedule.span == "expert"
         warmup = compressed_warmup(training.warmup_steps, first.steps if restarts else plan.steps, plan.steps)
         jagged = self.schedule.span == "jagged" and plan.experts > 1
@@ -115,15 +121,25 @@ class Preparation:
             f" {len(self.weights)} weights, {trained:,} trainable parameters",
             f"batch     {training.batch_size} = {self.data.micro_batch_size} micro x {self.data.world_size}"
             f" {'process' if self.data.world_size == 1 else 'processes'} x {self.accumulation} accumulation",
-            f"steps     {plan.steps} = {training.epochs:g} epochs x {self.data.steps_per_epoch}; {experts}",
+            f"steps     {plan.steps} = {epochs:.4g} epochs x {self.data.steps_per_epoch}{asked}; {experts}",
             f"cascade   strategy {cascade.strategy}: {', '.join(self.cascade_numbers())}",
             f"schedule  {self.schedule.decay} from {training.learning_rate:g}, {restarted[self.schedule.span]},"
             f" {warmup} warm-up steps"
             + (f", {self.schedule.rewarmup(plan.expert(2))} after a restart" if jagged else ""),
         ]
+        if training.early_stopping_patience is not None:
+            lines.append(f"stopping  after {training.early_stopping_patience} epochs without a new lowest dev loss")
+        if self.data.order.sources:
+            shares = (f"{one.share / self.data.order.count:.1%} {one}" for one in self.data.order.sources)
+            lines.append(f"sources   {'; '.join(shares)} examples")
         lines += [f"protocol  {line}" for line in self.task.notes]
         if self.shots_left_out:
             lines.append(f"note      {self.shots_left_out} demonstrations are left out of prompts that were too long")
+        if self.left_out:
+            lines.append(
+                f"note      {self.left_out} rows are left out: cut to length, nothing of them is scored; raise"
+                " training.max_length"
+            )
         lines += [f"note      {line}" for line in repeated(self.splits)]
         unused = unused_settings(cascade)
         if unused:
@@ -177,6 +193,22 @@ def layout_of(training: TrainingConfig, shape: PreTrainedModel, pad_id: int) -> 
     return Layout(pad_id, share_prefixes=training.share_prefixes and able, pack=training.packing)
 
 
+def order_of(examples: Sequence[EncodedExample], task: Task, training: TrainingConfig) -> Order:
+    """How the examples of every epoch follow one another.
+
+    Raises:
+        ConfigError: a source has no share.
+    """
+    sources: tuple[Source, ...] = ()
+    lengths = None
+    if task.weights is not None:
+        sources = sources_of([example.group for example in examples], task.weights)
+    if training.group_by_length:
+        scored = [(e.target,) if task.loss == "lm" else e.candidates for e in examples]
+        lengths = torch.tensor([max(len(tokens.ids) for tokens in candidates) for candidates in scored])
+    return Order(len(examples), training.seed, training.batch_size, sources, lengths)
+
+
 def micro_batch_size(training: TrainingConfig, world_size: int) -> int:
     """Examples per forward pass of a process.
 
@@ -192,6 +224,18 @@ def micro_batch_size(training: TrainingConfig, world_size: int) -> int:
     return micro
 
 
+def make_encoder(config: Config, task: Task, tokenizer: PreTrainedTokenizerBase, shape: PreTrainedModel) -> Encoder:
+    """What makes tokens of the task for this model."""
+    return Encoder(
+        tokenizer,
+        task,
+        max_length=config.training.max_length,
+        model_limit=models.longest_sequence(shape),
+        vocabulary_size=models.vocabulary_size(shape),
+        block_size=config.task.block_size if isinstance(config.task, TextConfig) else None,
+    )
+
+
 def prepare(config: Config, rank: int = 0, world_size: int = 1) -> Preparation:
     """Read the data, tokenise it, lay the model out on the meta device and plan the steps.
 
@@ -205,14 +249,7 @@ def prepare(config: Config, rank: int = 0, world_size: int = 1) -> Preparation:
     task = load_task(config.task, config.training.seed)
     tokenizer = models.load_tokenizer(config.model)
     shape = models.load_shape(config.model)
-    encoder = Encoder(
-        tokenizer,
-        task,
-        max_length=config.training.max_length,
-        model_limit=models.longest_sequence(shape),
-        vocabulary_size=models.vocabulary_size(shape),
-        block_size=config.task.block_size if isinstance(config.task, TextConfig) else None,
-    )
+    encoder = make_encoder(config, task, tokenizer, shape)
     weights = attach_adapters(config, shape)
     splits = encoder.encode()
     training = config.training
@@ -223,16 +260,18 @@ def prepare(config: Config, rank: int = 0, world_size: int = 1) -> Preparation:
         )
     data = TrainingData(
         splits["train"],
+        order=order_of(splits["train"], task, training),
         loss=task.loss,
-        batch_size=training.batch_size,
         micro_batch_size=micro,
-        seed=training.seed,
         layout=layout_of(training, shape, encoder.pad_id),
         rank=rank,
         world_size=world_size,
     )
-    steps = math.ceil(round(training.epochs * data.steps_per_epoch, 6))  # 0.1 * 30 is a little over 3
-    plan = make_plan(config.cascade, steps, training.epochs)
+    if training.max_steps is None:
+        steps = math.ceil(round(training.epochs * data.steps_per_epoch, 6))  # 0.1 * 30 is a little over 3
+        plan = make_plan(config.cascade, steps, training.epochs)
+    else:
+        plan = make_plan(config.cascade, training.max_steps, training.max_steps / data.steps_per_epoch)
     schedule = make_schedule(
         config.cascade, plan, decay=training.schedule, span=training.schedule_span, warmup_steps=training.warmup_steps
     )
@@ -254,6 +293,7 @@ def prepare(config: Config, rank: int = 0, world_size: int = 1) -> Preparation:
         selection_steps=epoch_ends,
         truncated=encoder.truncated,
         shots_left_out=encoder.shots_left_out,
+        left_out=encoder.left_out,
     )
 
 

@@ -58,7 +58,7 @@ def check_plan(plan: Plan, progress: Progress, expert: int | None, closed: Seque
         fits = opened is not None and within and progress == Progress.after(progress.step - 1, opened)
     if not fits:
         raise ConfigError(
-            f"--resume_override training.epochs: after it the experts of this run end after steps"
+            f"--resume_override training.epochs or training.max_steps: after it the experts of this run end after steps"
             f" {[e.stop for e in plan][:5]}, but until step {progress.step} they ended after"
             f" {[stop for _, stop in closed][:5]}: take so many epochs that no expert that has begun ends elsewhere"
         )

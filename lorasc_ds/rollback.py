@@ -90,6 +90,7 @@ def state_after(newest: Checkpoint, ledger: Ledger, step: int, directory: Path) 
         "expert": None,
         "ledger": {"experts": experts, "sha256": ledger.sha256()},
         "weights_checksum": None,
+        "patience": [one for one in newest.state["patience"] if one[0] <= step],
         "optimizer_steps": {},
         "tracker": tracker,
     }

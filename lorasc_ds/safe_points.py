@@ -48,8 +48,10 @@ class SafePoints:
         """
         if asked:
             raise self.trainer.stopping.request(self.trainer.processes)
-        every = self.training.checkpoint_steps
-        last = progress.step == self.trainer.preparation.plan.steps
+        every, preparation = self.training.checkpoint_steps, self.trainer.preparation
+        last = progress.step == preparation.plan.steps
+        if self.training.early_stopping_patience is not None:  # the run may end here, and it may be asked for more
+            last = progress.step in preparation.selection_steps
         if every is not None and progress.phase != "closing" and (progress.step % every == 0 or last):
             self.save(progress)
 
@@ -135,6 +137,7 @@ def state_of(trainer: Trainer, tracker: Tracker, progress: Progress) -> tuple[di
         "weights_checksum": checksum,
         "optimizer_steps": dict(zip(kept, counts, strict=True)),
         "selection": selection,
+        "patience": trainer.patience.state(),
         "tracker": tracker.state(),
         "config": preparation.config.model_dump(mode="json"),
         "data_sha256": preparation.data_sha256,
@@ -163,6 +166,7 @@ def restore(trainer: Trainer, checkpoint: Checkpoint) -> Progress:
     progress = Progress(state["step"], state["phase"])
     opened = progress.open_expert(plan)
     trainer.selection.resume(state["selection"], tensors)
+    trainer.patience.resume(state["patience"])
     noise = state["expert"]["noise"] if opened is not None else {"intensity": 0.0, "scale": {}}
 
     def passing(expert: int, closed: bool) -> None:

@@ -1,9 +1,9 @@
-"""What ships (`training.select`): the last weights, or those with the lowest dev loss so far."""
+"""What the dev loss decides: which weights ship (`training.select`), and whether the run ends early."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -12,6 +12,35 @@ from lorasc_ds.algorithm.experts import Pair
 from lorasc_ds.errors import CheckpointError
 from lorasc_ds.live_weights import LiveWeights
 from lorasc_ds.tasks import Scores
+
+
+class Patience:
+    """Ends a run whose dev loss has not fallen for `epochs` evaluations at ends of epochs; None: never.
+
+    It is a function of the losses so far, by step: one that is measured again after an interruption counts once.
+    """
+
+    def __init__(self, epochs: int | None) -> None:
+        self.epochs = epochs
+        self.losses: dict[int, float] = {}
+
+    def consider(self, step: int, scores: Scores) -> None:
+        self.losses[step] = scores["dev"]["loss"]
+
+    @property
+    def best(self) -> int:
+        """The step with the lowest loss, of equals the first."""
+        return min(self.losses, key=lambda step: self.losses[step] if math.isfinite(self.losses[step]) else math.inf)
+
+    @property
+    def over(self) -> bool:
+        return self.epochs is not None and sum(step > self.best for step in self.losses) >= self.epochs
+
+    def state(self) -> list[tuple[int, float]]:
+        return list(self.losses.items())
+
+    def resume(self, state: Iterable[tuple[int, float]]) -> None:
+        self.losses = dict(state)
 
 
 class Selection:

@@ -12,6 +12,32 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
+def files_of(train_file: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """The files of `task.train_file`, however it was given."""
+    return (train_file,) if isinstance(train_file, str) else train_file or ()
+
+
+def check_sources(train_file: str | tuple[str, ...] | None, weights: tuple[float, ...] | None, streaming: bool) -> None:
+    """
+    Raises:
+        ValueError: the settings of the training files do not fit one another.
+    """
+    files = files_of(train_file)
+    twice = [file for at, file in enumerate(files) if file in files[:at]]
+    if twice:
+        raise ValueError(f"task.train_file names {twice[0]!r} twice: leave one out, or give it more of task.weights")
+    if weights is not None and len(weights) != len(files):
+        raise ValueError(
+            f"task.weights has {len(weights)} numbers, but task.train_file names {len(files)} files: give one for each"
+        )
+    other = [file for file in files if PurePath(file).suffix.lower() != ".jsonl"]
+    if streaming and (other or not files):
+        raise ValueError(
+            f"task.streaming is true, but task.train_file is {other[0] if other else None!r}: .jsonl files are needed,"
+            " whose rows can be found by themselves"
+        )
+
+
 class DigitsConfig(Section):
     name: Literal["digits"] = Field(
         default="digits", description="Handwritten digits as text, from one domain to another."
@@ -108,11 +134,13 @@ class InstructionConfig(PublicData):
         default=None,
         description="A .json or .jsonl file of rows with instruction, input and output, or with messages; or several.",
     )
-    eval_file: str | None = Field(default=None, description="Held-out rows; null: dev_examples of train_file.")
+    eval_file: str | None = Field(default=None, description="Held-out rows; null: dev_examples of the training rows.")
     weights: Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(strict=False, min_length=2)] | None = Field(
         default=None, description="Shares of the train files in an epoch; null: as many rows as each has."
     )
-    dev_examples: int = Field(default=2000, ge=1, description="Rows held out for selection.")
+    dev_examples: int | None = Field(
+        default=None, ge=1, description="Rows held out for selection; null: MELoRA's 2000, but at most a tenth."
+    )
     sample_seed: int = Field(default=42, ge=0, lt=2**32, description="Draws the rows that are held out.")
     template: Literal["alpaca", "stanford", "chat"] | None = Field(
         default=None,
@@ -123,6 +151,11 @@ class InstructionConfig(PublicData):
     streaming: bool = Field(
         default=False, description="Read and tokenise training rows when they are needed, not before."
     )
+
+    @model_validator(mode="after")
+    def consistent(self) -> InstructionConfig:
+        check_sources(self.train_file, self.weights, self.streaming)
+        return self
 
 
 class TextConfig(Section):
@@ -146,10 +179,11 @@ class TextConfig(Section):
 
     @model_validator(mode="after")
     def known_suffixes(self) -> TextConfig:
-        files = (self.train_file,) if isinstance(self.train_file, str) else self.train_file
+        files = files_of(self.train_file)
         for key, value in (*(("train_file", file) for file in files), ("eval_file", self.eval_file)):
             if value is not None and PurePath(value).suffix.lower() not in (".txt", ".jsonl"):
                 raise ValueError(f"task.{key} is {value!r}: a name that ends in .txt or .jsonl is needed")
+        check_sources(self.train_file, self.weights, self.streaming)
         return self
 
 

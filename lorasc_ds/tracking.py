@@ -299,6 +299,11 @@ class Tracker:
         )
         self.say(" | ".join((f"{when:<15}", *cells, f"{scores['dev']['loss']:8.3f}")))
 
+    def stopped_early(self, steps: int, reason: str) -> None:
+        """The run ends before its `steps` optimizer steps."""
+        self.record("stopped_early", {"message": reason})
+        self.say(f"stopped   after step {self.step} of {steps}: {reason}")
+
     def choosing(self, examples: int) -> dict[str, float]:
         """What it cost to choose α and λ on `examples` dev examples, said and returned; `share` is of the training."""
         share = self.choosing_seconds / (self.seconds + sum(self.boundary_seconds))

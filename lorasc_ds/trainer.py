@@ -17,16 +17,17 @@ from lorasc_ds import models
 from lorasc_ds.adapters import AdaptedWeight, backbone_parameters, other_matrices, parameter_groups
 from lorasc_ds.algorithm.ledger import Adapter, Base, Ledger, LedgerError
 from lorasc_ds.cascade import Boundaries
-from lorasc_ds.data import Batch, derived_seed
-from lorasc_ds.encoding import EncodedExample
+from lorasc_ds.data import Batch
+from lorasc_ds.encoded import EncodedExample
 from lorasc_ds.errors import CheckpointError, ConfigError
 from lorasc_ds.evaluation import check_layout, evaluate, evaluation_mode, for_the_loss_alone
 from lorasc_ds.generation import Generator
 from lorasc_ds.live_weights import LiveWeights
 from lorasc_ds.objectives import scored_logits, summed_loss
+from lorasc_ds.order import derived_seed
 from lorasc_ds.preparation import Preparation
 from lorasc_ds.reports import StepReport
-from lorasc_ds.selection import Selection
+from lorasc_ds.selection import Patience, Selection
 from lorasc_ds.sharding import Processes, prepare_engine
 from lorasc_ds.stopping import Stopping
 from lorasc_ds.tasks import Scores
@@ -100,6 +101,7 @@ class Trainer:
         self.base_sha256 = self.weights_sha256()
         self.base_checksum = self.live.checksum(backbone_parameters(module))
         self.selection = Selection(training.select, self.live)
+        self.patience = Patience(training.early_stopping_patience)
         self.generator = self.make_generator()
         if ledger_length is None:
             ledger = self.new_ledger(getattr(module.config, "_commit_hash", None), directory / "ledger", tuple(others))

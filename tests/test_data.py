@@ -11,9 +11,11 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from lorasc_ds.data import Layout, TrainingData, collate
-from lorasc_ds.encoding import EncodedExample, Encoder, ScoredTokens
+from lorasc_ds.encoded import EncodedExample, ScoredTokens
+from lorasc_ds.encoding import Encoder
 from lorasc_ds.errors import ConfigError, DataError
 from lorasc_ds.models import QUICKSTART_BASE
+from lorasc_ds.order import Order
 from lorasc_ds.tasks import Example, Task
 
 
@@ -170,8 +172,9 @@ def test_candidates_with_one_input_share_a_forward_pass() -> None:
 
 def training_data(count: int, **options: int) -> TrainingData:
     examples = [EncodedExample(str(i), (ScoredTokens((1, i + 2, 2), 1 + i % 2),), (0,)) for i in range(count)]
-    settings = {"batch_size": 4, "micro_batch_size": 2, "seed": 3, "layout": Layout(0)} | options
-    return TrainingData(examples, loss="lm", **settings)
+    settings = {"micro_batch_size": 2, "layout": Layout(0)} | options
+    order = Order(count, seed=settings.pop("seed", 3), batch_size=4)
+    return TrainingData(examples, order=order, loss="lm", **settings)
 
 
 def test_every_epoch_sees_every_example_once_in_its_own_order() -> None:

@@ -10,10 +10,11 @@ from conftest import RECIPE
 
 from lorasc_ds import models
 from lorasc_ds.cli import parse_command_line
-from lorasc_ds.dry_run import marked, memory_lines, preview_lines
-from lorasc_ds.encoding import ScoredTokens
+from lorasc_ds.dry_run import memory_lines, preview_lines
+from lorasc_ds.encoded import ScoredTokens
 from lorasc_ds.memory import GIB, SHIPPED, memory_plan
 from lorasc_ds.preparation import Preparation, prepare
+from lorasc_ds.preview import SHORTENED, marked, one_line
 from lorasc_ds.train import main
 
 SMALL = ["--task.train_examples=12", "--task.dev_examples=8", "--task.test_examples=10"]
@@ -113,15 +114,15 @@ def test_the_preview_marks_what_is_scored() -> None:
     lines = list(preview_lines(prepared()))
     assert len([line for line in lines[1:] if line.endswith("]]")]) == 3
     for line in lines[2::2]:
-        assert line.split("[[")[1].removesuffix("]]") in "0123456789"
+        assert line.split("[[ ")[1].removesuffix("]]") in "0123456789"
     assert len(list(preview_lines(prepared("--task.loss=classification")))) == 1 + 3 * 11
 
 
 def test_long_texts_and_newlines_are_shown_on_one_line(shared_data: Path) -> None:
     tokenizer = models.AutoTokenizer.from_pretrained(shared_data / "models" / "stories260K")
     ids = tokenizer("Once upon a time\n" * 40)["input_ids"]
-    shown = marked(tokenizer, ScoredTokens(tuple(ids), 3))
+    shown = one_line(marked(tokenizer, ScoredTokens(tuple(ids), 3), SHORTENED))
     assert "\n" not in shown
     assert "\\n" in shown
     assert " ... " in shown
-    assert shown.endswith(f"[[{tokenizer.decode(ids[-3:])}]]".replace("\n", "\\n"))
+    assert shown.endswith(f"[[ {tokenizer.decode(ids[-3:])}]]".replace("\n", "\\n"))

@@ -9,7 +9,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from lorasc_ds.data import Layout, collate
-from lorasc_ds.encoding import EncodedExample, ScoredTokens
+from lorasc_ds.encoded import EncodedExample, ScoredTokens
 from lorasc_ds.evaluation import batches, evaluate
 from lorasc_ds.objectives import summed_loss
 from lorasc_ds.sharding import Processes

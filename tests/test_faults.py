@@ -19,7 +19,7 @@ from conftest import RECIPE
 from lorasc_ds import checkpoint as checkpoint_module
 from lorasc_ds import run_directory, trainer
 from lorasc_ds.checkpoint import Checkpoints
-from lorasc_ds.encoding import EncodedExample, ScoredTokens
+from lorasc_ds.encoded import EncodedExample, ScoredTokens
 from lorasc_ds.errors import ConfigError, StoppedError
 from lorasc_ds.preparation import repeated
 from lorasc_ds.progress import Progress

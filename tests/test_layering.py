@@ -15,13 +15,16 @@ OWNERS = {  # engine -> the places that may import it
     "deepspeed": ("sharding/",),
     "torch.distributed": ("sharding/",),
     "accelerate": ("sharding/", "train.py", "trainer.py"),
-    "pydantic": ("config.py", "task_config.py", "cli.py"),
+    "pydantic": ("config.py", "task_config.py", "training_config.py", "cli.py", "show_data.py"),
 }
 FORBIDDEN = {  # place -> what it must not know
     "algorithm/": ("lorasc_ds.", "torch.distributed", "peft", "deepspeed", "accelerate", "transformers"),
     "task_config.py": ("torch", "lorasc_ds."),
+    "training_config.py": ("torch", "lorasc_ds.algorithm", "lorasc_ds.tasks", "lorasc_ds.errors"),
     "config.py": ("torch", "lorasc_ds.algorithm", "lorasc_ds.tasks", "lorasc_ds.errors"),
     "tasks/": ("lorasc_ds.cascade", "lorasc_ds.algorithm", "lorasc_ds.adapters", "lorasc_ds.sharding", "torch"),
+    "encoded.py": ("lorasc_ds.cascade", "lorasc_ds.algorithm", "lorasc_ds.adapters", "lorasc_ds.sharding", "torch"),
+    "chat.py": ("lorasc_ds.cascade", "lorasc_ds.algorithm", "lorasc_ds.adapters", "lorasc_ds.sharding", "torch"),
     "encoding.py": ("lorasc_ds.cascade", "lorasc_ds.algorithm", "lorasc_ds.adapters", "lorasc_ds.sharding", "torch"),
     "data.py": ("lorasc_ds.cascade", "lorasc_ds.algorithm", "lorasc_ds.adapters", "lorasc_ds.sharding"),
     "tracking.py": ("lorasc_ds.cascade", "lorasc_ds.adapters", "lorasc_ds.sharding"),

@@ -18,9 +18,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lorasc_ds.algorithm.ledger import Ledger, LedgerError, digest
 from lorasc_ds.cli import parse_command_line
-from lorasc_ds.data import derived_seed
 from lorasc_ds.evaluation import evaluation_mode
 from lorasc_ds.models import QUICKSTART_BASE
+from lorasc_ds.order import derived_seed
 from lorasc_ds.preparation import Preparation, prepare
 from lorasc_ds.trainer import Trainer
 
@@ -37,7 +37,7 @@ def batches_of(preparation: Preparation) -> Callable[[int], list[tuple[torch.Ten
 
     def batch_of_step(step: int) -> list[tuple[torch.Tensor, torch.Tensor, int]]:
         return [
-            (micro.batch.input_ids, micro.batch.token_target, derived_seed(data.seed, step, micro.first))
+            (micro.batch.input_ids, micro.batch.token_target, derived_seed(data.order.seed, step, micro.first))
             for micro in data.step(step).micro_batches
         ]
 

@@ -9,6 +9,7 @@ from lorasc_ds.task_config import (
     ChoiceConfig,
     DigitsConfig,
     Gsm8kConfig,
+    InstructionConfig,
     SampledData,
     TaskConfig,
     TextConfig,
@@ -18,6 +19,7 @@ from lorasc_ds.tasks.base import Example, Generation, Message, Scores, Task
 from lorasc_ds.tasks.choices import choices
 from lorasc_ds.tasks.digits import digits
 from lorasc_ds.tasks.gsm8k import gsm8k
+from lorasc_ds.tasks.instructions import instructions
 from lorasc_ds.tasks.mezo import Request
 from lorasc_ds.tasks.text import text
 
@@ -37,7 +39,9 @@ def load_task(config: TaskConfig, seed: int, splits: Collection[str] = ("train",
         case DigitsConfig():
             return digits(seed=seed, **config.model_dump(exclude={"name"}))
         case TextConfig():
-            return text(**config.model_dump(exclude={"name", "block_size", "weights", "streaming"}))
+            return text(**config.model_dump(exclude={"name", "block_size", "streaming"}))
+        case InstructionConfig():
+            return instructions(**config.model_dump(exclude={"streaming"}))
         case ChoiceConfig():
             return choices(config.name, config.loss, requested(config, seed, splits))
         case AnswerConfig():

@@ -85,7 +85,7 @@ class Task:
         max_length: longest sequence in tokens where `training.max_length` is null; None: the model's limit, and
             longer is an error.
         cut: which end of a sequence that is too long is cut away; the first special token stays.
-        ends: whether a sequence that is not cut is closed by the end-of-text token.
+        ends: whether a sequence that is not cut is closed by the end-of-text token; a chat is left to its template.
         mask_prompt: of kind `sequences`: whether the prompt, and what others than the assistant say in a chat, is left
             out of the loss.
         weights: shares of the groups in the training examples; None: as many as there are.

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from lorasc_ds.errors import DataError
+from lorasc_ds.task_config import files_of
 from lorasc_ds.tasks.base import Example, Task
 
 HELD_OUT = 0.1  # of train_file, at its end, where no eval_file is given
@@ -29,7 +30,7 @@ def read_text(path: Path, key: str) -> str:
     return text
 
 
-def read_documents(path: Path, key: str, text_field: str) -> list[Example]:
+def read_documents(path: Path, key: str, text_field: str, group: str = "") -> list[Example]:
     """The documents of a file: the whole of a .txt, one a row of a .jsonl.
 
     Raises:
@@ -37,7 +38,7 @@ def read_documents(path: Path, key: str, text_field: str) -> list[Example]:
     """
     text = read_text(path, key)
     if path.suffix.lower() == ".txt":
-        return [document(f"{path}", text)]
+        return [document(f"{path}", text, group)]
     documents = []
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
@@ -53,12 +54,12 @@ def read_documents(path: Path, key: str, text_field: str) -> list[Example]:
                 f"{path}:{number}: task.text_field {text_field!r} needs to be a text that is not empty, without lone"
                 f" surrogates, got {value!r}"
             )
-        documents.append(document(f"{path}:{number}", value))
+        documents.append(document(f"{path}:{number}", value, group))
     return documents
 
 
-def document(id: str, text: str) -> Example:
-    return Example(id, prompt="", texts=(text,))
+def document(id: str, text: str, group: str = "") -> Example:
+    return Example(id, prompt="", texts=(text,), group=group)
 
 
 def hold_out(documents: list[Example]) -> tuple[list[Example], list[Example]]:
@@ -68,27 +69,49 @@ def hold_out(documents: list[Example]) -> tuple[list[Example], list[Example]]:
         DataError: there is nothing to cut.
     """
     if len(documents) > 1:
-        kept = len(documents) - max(1, round(HELD_OUT * len(documents)))
+        kept = kept_of(len(documents))
         return documents[:kept], documents[kept:]
-    text = documents[0].texts[0]
+    whole = documents[0]
+    text = whole.texts[0]
     cut = round((1 - HELD_OUT) * len(text))
     breaks = [text.rfind(mark, 1, cut) for mark in ("\n", " ")]
     cut = next((at + 1 for at in breaks if at > 0), 0)
     if not text[:cut].strip() or not text[cut:].strip():
-        raise DataError(f"{documents[0].id} is too short to hold a part out: give task.eval_file")
-    return [document(documents[0].id, text[:cut])], [document(f"{documents[0].id} (end)", text[cut:])]
+        raise DataError(f"{whole.id} is too short to hold a part out: give task.eval_file")
+    return [document(whole.id, text[:cut], whole.group)], [document(f"{whole.id} (end)", text[cut:], whole.group)]
 
 
-def text(*, train_file: str, eval_file: str | None, text_field: str) -> Task:
-    """Local files as a task. Splits: `train` and `dev` (the held-out part).
+def kept_of(documents: int) -> int:
+    """How many of several documents stay, where the last tenth is held out."""
+    return documents - max(1, round(HELD_OUT * documents))
+
+
+def text(
+    *, train_file: str | tuple[str, ...], eval_file: str | None, weights: tuple[float, ...] | None, text_field: str
+) -> Task:
+    """Local files as a task. Splits: `train` and `dev` (the held-out part, of each file its own).
+
+    Each of several files is a group, called by its path.
 
     Raises:
         DataError: a file or a row of it cannot be used.
     """
-    documents = read_documents(Path(train_file), "task.train_file", text_field)
-    if eval_file is None:
-        train, dev = hold_out(documents)
-    else:
-        train, dev = documents, read_documents(Path(eval_file), "task.eval_file", text_field)
-    splits = {"train": train, "dev": dev}
-    return Task(name="text", kind="documents", loss="lm", splits=splits, headline="perplexity")
+    files = files_of(train_file)
+    groups = files if len(files) > 1 else ("",)
+    train: list[Example] = []
+    dev: list[Example] = []
+    for file, group in zip(files, groups, strict=True):
+        documents = read_documents(Path(file), "task.train_file", text_field, group)
+        kept, held_out = hold_out(documents) if eval_file is None else (documents, [])
+        train += kept
+        dev += held_out
+    if eval_file is not None:
+        dev = read_documents(Path(eval_file), "task.eval_file", text_field)
+    return Task(
+        name="text",
+        kind="documents",
+        loss="lm",
+        splits={"train": train, "dev": dev},
+        headline="perplexity",
+        weights=None if weights is None else dict(zip(groups, weights, strict=True)),
+    )

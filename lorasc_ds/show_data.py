@@ -1,0 +1,147 @@
+"""A recipe's data as the model will see it: lengths, what is cut and scored, what padding costs, and examples.
+
+No weight is loaded: the tokenizer and the model's configuration are enough.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
+from transformers import PreTrainedTokenizerBase
+
+from lorasc_ds import models
+from lorasc_ds.cli import Parser, add_recipe, configuration, parse
+from lorasc_ds.config import Config, TrainingConfig
+from lorasc_ds.data import TrainingData
+from lorasc_ds.data_report import epoch_cost, length_table, split_lines, table
+from lorasc_ds.encoded import EncodedExample
+from lorasc_ds.errors import ConfigError, RunError
+from lorasc_ds.preparation import make_encoder, order_of, prepare, repeated
+from lorasc_ds.preview import example_lines
+from lorasc_ds.task_config import Benchmark, DigitsConfig, TaskConfig
+from lorasc_ds.tasks import Task, load_task
+
+
+class ShownConfig(Config):
+    """A recipe, whose task may be one that is only evaluated."""
+
+    task: Annotated[TaskConfig, Field(discriminator="name")] = Field(default_factory=DigitsConfig)
+
+
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """A task as tokens.
+
+    Args:
+        data: the batches that are trained on; None: the task is only evaluated.
+        packs: whether the model can read several sequences in a row.
+    """
+
+    task: Task
+    tokenizer: PreTrainedTokenizerBase
+    splits: Mapping[str, Sequence[EncodedExample]]
+    data: TrainingData | None
+    packs: bool
+    training: TrainingConfig
+
+
+def load(config: ShownConfig, processes: int) -> Shown:
+    """
+    Raises:
+        ConfigError, DataError: in one line, as training would say it.
+    """
+    if isinstance(config.task, Benchmark):
+        task, tokenizer = load_task(config.task, config.training.seed), models.load_tokenizer(config.model)
+        splits = make_encoder(config, task, tokenizer, models.load_shape(config.model)).encode()
+        return Shown(task, tokenizer, splits, None, False, config.training)
+    run = prepare(config, world_size=processes)
+    packs = models.takes_attention_bias(run.shape)
+    return Shown(run.task, run.tokenizer, run.splits, run.data, packs, config.training)
+
+
+def padding_lines(data: TrainingData, task: Task, training: TrainingConfig, packs: bool) -> Iterator[str]:
+    """What the first epoch's batches cost as they are configured, and otherwise."""
+    rows = [["packing", "group_by_length", "tokens", "computed", "efficiency", ""]]
+    for pack, group in product((False, True) if packs else (False,), (False, True)):
+        order = order_of(data.examples, task, training.model_copy(update={"group_by_length": group}))
+        cost = epoch_cost(data, order(0).tolist(), replace(data.layout, pack=pack))
+        chosen = "configured" if (pack, group) == (training.packing, training.group_by_length) else ""
+        numbers = f"{cost.valid:,}", f"{cost.computed:,}", f"{cost.valid / cost.computed:.1%}"
+        rows.append([str(pack).lower(), str(group).lower(), *numbers, chosen])
+    processes = "1 process" if data.world_size == 1 else f"{data.world_size} processes"
+    yield (
+        f"the first epoch, {data.steps_per_epoch} steps of {data.batch_size}, in micro batches of"
+        f" {data.micro_batch_size} on {processes}: tokens that the model reads, and computes with padding"
+    )
+    yield from (f"  {line}" for line in table(rows, 2))
+
+
+def report(shown: Shown, split: str | None, examples: int, full: bool) -> Iterator[str]:
+    """
+    Raises:
+        ConfigError: the task has no such split.
+    """
+    task, splits = shown.task, shown.splits
+    split = split or next(iter(splits))
+    if split not in splits:
+        raise ConfigError(f"--split {split}: task {task.name} has {', '.join(splits)}")
+    training = f", loss {task.loss}" if shown.data else ""
+    yield f"task      {task.name}: {task.kind}{training}"
+    yield from (f"protocol  {line}" for line in task.notes)
+    if shown.data:
+        yield from (f"note      {line}" for line in repeated(dict(splits)))
+    yield ""
+    yield from length_table(splits)
+    # A split of documents is cut into blocks: how many documents there were says nothing about them.
+    given = splits if task.kind == "documents" else task.splits
+    yield from split_lines(splits, {name: len(given[name]) for name in splits})
+    if shown.data:
+        yield ""
+        yield from padding_lines(shown.data, task, shown.training, shown.packs)
+    yield ""
+    yield f"the first examples of {split}; what is scored stands between [[ and ]]"
+    for example in splits[split][:examples]:
+        yield from example_lines(shown.tokenizer, example, full=full)
+
+
+def make_parser(default_recipe: Path) -> argparse.ArgumentParser:
+    parser = Parser(
+        description="Look at a recipe's data as the model will see it; no weights are loaded.", allow_abbrev=False
+    )
+    add_recipe(parser, default_recipe, ShownConfig)
+    parser.add_argument("--split", help="whose examples are shown (default: train, or a benchmark's first)")
+    parser.add_argument("--examples", type=int, default=3, metavar="N", help="how many examples are shown")
+    parser.add_argument("--full", action="store_true", help="show long texts without a gap, and lines as they break")
+    parser.add_argument("--gpus", type=int, default=1, metavar="N", help="processes that will train (default: 1)")
+    return parser
+
+
+def run(arguments: Sequence[str], default_recipe: Path) -> None:
+    options = parse(make_parser(default_recipe), arguments)
+    for flag, number, least in (("--examples", options.examples, 0), ("--gpus", options.gpus, 1)):
+        if number < least:
+            raise ConfigError(f"{flag} is {number}: a number from {least} on is needed")
+    shown = load(configuration(options, ShownConfig), options.gpus)
+    for line in report(shown, options.split, options.examples, options.full):
+        print(line)
+
+
+def main(arguments: Sequence[str], default_recipe: Path) -> int:
+    """The command line. Returns 0, 2 configuration or data, 1 a bug."""
+    try:
+        run(arguments, default_recipe)
+    except RunError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except Exception:  # the last resort: a bug is shown whole and ends with code 1
+        traceback.print_exc()
+        return 1
+    return 0

@@ -136,7 +136,8 @@ class Sandbox:
             case "unshare":
                 user = [] if root else ["--user", "--map-root-user"]
                 spaces = ["--mount", "--net", "--pid", "--ipc", "--uts", "--fork", "--kill-child"]
-                return [installed("unshare"), *user, *spaces, *confined]
+                orphaned = [installed("setpriv"), "--pdeathsig", "KILL"]  # ends with this process, as bwrap does
+                return [*orphaned, installed("unshare"), *user, *spaces, *confined]
             case "bwrap":
                 user = ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"] if root else ["--unshare-user"]
                 spaces = ["--unshare-net", "--unshare-pid", "--unshare-ipc", "--unshare-uts", "--die-with-parent"]

@@ -81,7 +81,7 @@ def mount(source: str, target: str, kind: str, flags: int, options: str = "") ->
 
 
 def furnish(room: str, settings: Settings) -> None:
-    """Build a root folder that shows nothing but what it is told to, and move in. Needs a mount namespace of its own."""
+    """Build a root folder that shows nothing but what it is told to, and move in; in a mount namespace of one's own."""
     mount("room", room, "tmpfs", NO_SUID | NO_DEVICES, "mode=755")
     for path in settings.visible:
         show(path, room + path)

@@ -231,7 +231,7 @@ def test_a_sandbox_is_tried_before_it_is_used(monkeypatch: pytest.MonkeyPatch) -
 
 def test_a_sandbox_that_no_longer_starts_is_no_failure_of_the_program(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sandbox, "LIMITS", {"NO_SUCH": 1})
-    with pytest.raises(SandboxError, match="does not start: AttributeError: .*RLIMIT_NO_SUCH"):
+    with pytest.raises(SandboxError, match=r"does not start: AttributeError: .*RLIMIT_NO_SUCH"):
         Sandbox("none").run("", 5)
 
 

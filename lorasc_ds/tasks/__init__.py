@@ -6,21 +6,29 @@ from collections.abc import Collection
 
 from lorasc_ds.task_config import (
     AnswerConfig,
+    BbhConfig,
     ChoiceConfig,
     DigitsConfig,
+    DropFewShotConfig,
     Gsm8kConfig,
+    HumanEvalConfig,
     InstructionConfig,
+    MmluConfig,
     SampledData,
     TaskConfig,
     TextConfig,
 )
 from lorasc_ds.tasks.answers import answers
 from lorasc_ds.tasks.base import Example, Generation, Message, Scores, Task
+from lorasc_ds.tasks.bbh import bbh
 from lorasc_ds.tasks.choices import choices
 from lorasc_ds.tasks.digits import digits
+from lorasc_ds.tasks.drop_few_shot import drop_few_shot
 from lorasc_ds.tasks.gsm8k import gsm8k
+from lorasc_ds.tasks.humaneval import humaneval
 from lorasc_ds.tasks.instructions import instructions
 from lorasc_ds.tasks.mezo import Request
+from lorasc_ds.tasks.mmlu import mmlu
 from lorasc_ds.tasks.text import text
 
 __all__ = ["Example", "Generation", "Message", "Scores", "Task", "load_task"]
@@ -49,7 +57,14 @@ def load_task(config: TaskConfig, seed: int, splits: Collection[str] = ("train",
         case Gsm8kConfig(mode=mode, target=target, questions=questions, misspelt=misspelt):
             request = requested(config, seed, splits)
             return gsm8k(mode=mode, target=target, questions=questions, misspelt=misspelt, request=request)
-    raise NotImplementedError(config.name)
+        case MmluConfig():
+            return mmlu(**config.model_dump(exclude={"name"}))
+        case BbhConfig():
+            return bbh(**config.model_dump(exclude={"name"}))
+        case DropFewShotConfig():
+            return drop_few_shot(**config.model_dump(exclude={"name"}))
+        case HumanEvalConfig():
+            return humaneval(**config.model_dump(exclude={"name"}))
 
 
 def requested(config: SampledData, seed: int, splits: Collection[str]) -> Request:

@@ -1,0 +1,226 @@
+"""Runs programs that nobody has read: each in a process of its own, with limits, without network or anyone's files."""
+
+from __future__ import annotations
+
+import os
+import select
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from contextlib import suppress
+from dataclasses import dataclass
+from math import ceil
+from pathlib import Path
+from typing import Literal
+
+from lorasc_ds import confine
+from lorasc_ds.errors import ConfigError, RunError
+
+Kind = Literal["unshare", "bwrap", "none"]
+
+REACHED_THE_END = 64  # exit code: nothing else counts, not even `exit(0)`
+RUN = f"import os, runpy, sys; runpy.run_path(sys.argv[1]); os._exit({REACHED_THE_END})"
+LIMITS = {
+    "AS": 4 << 30,  # bytes of address space
+    "CORE": 0,
+    "FSIZE": 16 << 20,  # bytes of a file, what the program says on standard error too
+    "NOFILE": 64,
+    "NPROC": 16,  # processes and threads; of all that run as this user, where there is no namespace
+}
+WORK_BYTES = 64 << 20
+START_SECONDS = 60
+SYSTEM = ("/usr", "/bin", "/lib", "/lib32", "/lib64", "/nix/store", "/etc/ld.so.cache", "/dev/null", "/dev/urandom")
+WORK, PROGRAM, CONFINE = "/sandbox", "/sandbox.py", "/sandbox-confine.py"  # in a room of its own
+PROBE = """
+import os, socket
+def refused(action):
+    try:
+        action()
+    except OSError:
+        return True
+assert refused(lambda: socket.create_connection(("127.0.0.1", {port}), 5)), "it reaches the network"
+assert refused(lambda: open({file!r})), "it reads files that are none of its business"
+assert refused(lambda: open({beside!r} + "/written", "w")), "it writes where it must not"
+assert refused(lambda: os.chroot("/")), "it has the capabilities of root"
+open("written", "w").close()
+"""
+
+
+class SandboxError(RunError):
+    """A sandbox does not start: that says nothing about the program."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of a program; `message` is the last line that it wrote on standard error, or its exit code."""
+
+    result: Literal["passed", "failed", "timed out"]
+    message: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Sandbox:
+    """
+    Args:
+        kind: `unshare` and `bwrap`: the program has namespaces of its own, no network, sees the system's and Python's
+            files alone, read-only, and runs as nobody where this runs as root. `none`: it has limits and no more.
+    """
+
+    kind: Kind
+
+    def run(self, program: str, timeout: float) -> Outcome:
+        """Run a Python program to its end, or until `timeout` seconds after it began.
+
+        Raises:
+            SandboxError: it does not begin.
+        """
+        with tempfile.TemporaryDirectory(prefix="lorasc-", ignore_cleanup_errors=True) as name:
+            folder = Path(name).resolve()
+            (folder / "room").mkdir()
+            (folder / "program.py").write_text(program, encoding="utf-8")
+            (folder / "program.py").chmod(0o444)
+            with (folder / "stderr").open("w+b") as stderr:
+                code = self.exit_code(folder, stderr.fileno(), timeout)
+                stderr.seek(max(0, stderr.seek(0, os.SEEK_END) - 4096))
+                said = stderr.read().decode(errors="replace").split("\n")
+        last = next((line.strip() for line in reversed(said) if line.strip()), "")
+        if code == "no start":
+            raise SandboxError(f"the sandbox {self.kind} does not start: {last or 'without a word'}")
+        if code == "timed out":
+            return Outcome("timed out", f"after {timeout:g} s")
+        return Outcome("passed") if code == REACHED_THE_END else Outcome("failed", last or f"exit code {code}")
+
+    def exit_code(self, folder: Path, stderr: int, timeout: float) -> int | Literal["no start", "timed out"]:
+        process = subprocess.Popen(
+            self.command(folder, timeout),
+            cwd=folder / "room",
+            env=environment(str(folder / "room") if self.kind == "none" else WORK),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            start_new_session=True,
+            bufsize=0,
+        )
+        assert process.stdout is not None
+        try:
+            begun = select.select([process.stdout], [], [], START_SECONDS)[0] and process.stdout.read(1)
+            return process.wait(timeout) if begun else "no start"
+        except subprocess.TimeoutExpired:
+            return "timed out"
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            process.stdout.close()
+
+    def command(self, folder: Path, timeout: float) -> list[str]:
+        """The command that runs `program.py` of a folder."""
+        root = os.geteuid() == 0
+        program = str(folder / "program.py") if self.kind == "none" else PROGRAM
+        settings = confine.Settings(
+            command=[sys.executable, "-I", "-c", RUN, program],
+            limits=LIMITS | {"CPU": ceil(timeout) + 1},
+            user=stranger() if root and self.kind != "none" else None,
+            room=str(folder / "room") if self.kind == "unshare" else None,
+            visible=visible(),
+            files={PROGRAM: str(folder / "program.py")},
+            work=WORK,
+            work_bytes=WORK_BYTES,
+        )
+        file = CONFINE if self.kind == "bwrap" else confine.__file__
+        confined = [sys.executable, "-I", "-S", file, settings.to_json()]
+        match self.kind:
+            case "unshare":
+                user = [] if root else ["--user", "--map-root-user"]
+                spaces = ["--mount", "--net", "--pid", "--ipc", "--uts", "--fork", "--kill-child"]
+                orphaned = [installed("setpriv"), "--pdeathsig", "KILL"]  # ends with this process, as bwrap does
+                return [*orphaned, installed("unshare"), *user, *spaces, *confined]
+            case "bwrap":
+                user = ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"] if root else ["--unshare-user"]
+                spaces = ["--unshare-net", "--unshare-pid", "--unshare-ipc", "--unshare-uts", "--die-with-parent"]
+                return [installed("bwrap"), *user, *spaces, *furniture(settings), *confined]
+            case "none":
+                return confined
+
+
+def furniture(settings: confine.Settings) -> list[str]:
+    """The room of `confine.furnish` in bubblewrap's words."""
+    files = settings.files | {CONFINE: confine.__file__}
+    parents = dict.fromkeys(str(parent) for path in settings.visible for parent in reversed(Path(path).parents))
+    words = [word for parent in parents if parent != "/" for word in ("--perms", "0755", "--dir", parent)]
+    for path in settings.visible:
+        if os.path.islink(path):
+            words += ["--symlink", os.readlink(path), path]
+        else:
+            words += ["--dev-bind" if path.startswith("/dev/") else "--ro-bind", path, path]
+    for path, source in files.items():
+        words += ["--ro-bind", source, path]
+    words += ["--perms", "1777", "--size", str(settings.work_bytes), "--tmpfs", settings.work]
+    return [*words, "--remount-ro", "/", "--chdir", settings.work]
+
+
+def environment(home: str) -> dict[str, str]:
+    """Nothing of the user's: there may be keys among it."""
+    own = {"PATH": "/usr/bin:/bin", "HOME": home, "TMPDIR": home, "LANG": "C.UTF-8", "OMP_NUM_THREADS": "1"}
+    libraries = os.environ.get("LD_LIBRARY_PATH")  # without it some Pythons do not start
+    return own | ({"LD_LIBRARY_PATH": libraries} if libraries else {})
+
+
+def visible() -> list[str]:
+    """The system's and Python's files and folders, none inside another."""
+    prefixes = {sys.prefix, sys.base_prefix}
+    wanted = {*SYSTEM, *prefixes, *map(os.path.realpath, prefixes)}
+    found = sorted(path for path in wanted if os.path.exists(path))
+    return [path for path in found if not any(path.startswith(f"{other.rstrip('/')}/") for other in found)]
+
+
+def stranger() -> int:
+    """A user whom nobody is, another one for every process: the processes of a user are counted together."""
+    return 60706 + os.getpid() % 478  # systemd leaves 60706 to 61183 to nobody
+
+
+def installed(name: str) -> str:
+    path = shutil.which(name)
+    if path is None:
+        raise SandboxError(f"{name} is not installed")
+    return path
+
+
+def check(sandbox: Sandbox) -> None:
+    """Run a program that tries what it must not be able to do, or with `none` one that does nothing.
+
+    Raises:
+        SandboxError: it can, or does not run at all.
+    """
+    with tempfile.TemporaryDirectory(prefix="lorasc-") as folder, socket.create_server(("127.0.0.1", 0)) as server:
+        os.chmod(folder, 0o777)
+        file = Path(folder, "file")
+        file.touch(0o666)
+        probe = PROBE.format(port=server.getsockname()[1], file=str(file), beside=folder)
+        outcome = sandbox.run("" if sandbox.kind == "none" else probe, timeout=20)
+    if outcome.result != "passed":
+        raise SandboxError(f"a trial program {outcome.result}: {outcome.message}")
+
+
+def choose(kind: Literal["auto"] | Kind) -> Sandbox:
+    """A sandbox that has been tried; `auto`: the first that holds, never `none`.
+
+    Raises:
+        ConfigError: it does not work here.
+    """
+    kinds: list[Kind] = ["unshare", "bwrap"] if kind == "auto" else [kind]
+    reasons = []
+    for one in kinds:
+        try:
+            check(Sandbox(one))
+        except SandboxError as error:
+            reasons.append(f"{one}: {error}")
+        else:
+            return Sandbox(one)
+    raise ConfigError(
+        f"task.sandbox is {kind!r}, and programs cannot be shut in here ({'; '.join(reasons)}): allow user namespaces,"
+        " install bubblewrap, or give --sandbox none (programs then run as you, with your files and network)"
+    )

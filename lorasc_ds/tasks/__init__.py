@@ -2,17 +2,35 @@
 
 from __future__ import annotations
 
-from lorasc_ds.task_config import DigitsConfig, InstructionConfig, TaskConfig, TextConfig
+from collections.abc import Collection
+
+from lorasc_ds.task_config import (
+    AnswerConfig,
+    ChoiceConfig,
+    DigitsConfig,
+    Gsm8kConfig,
+    InstructionConfig,
+    SampledData,
+    TaskConfig,
+    TextConfig,
+)
+from lorasc_ds.tasks.answers import answers
 from lorasc_ds.tasks.base import Example, Generation, Message, Scores, Task
+from lorasc_ds.tasks.choices import choices
 from lorasc_ds.tasks.digits import digits
+from lorasc_ds.tasks.gsm8k import gsm8k
 from lorasc_ds.tasks.instructions import instructions
+from lorasc_ds.tasks.mezo import Request
 from lorasc_ds.tasks.text import text
 
 __all__ = ["Example", "Generation", "Message", "Scores", "Task", "load_task"]
 
 
-def load_task(config: TaskConfig, seed: int) -> Task:
+def load_task(config: TaskConfig, seed: int, splits: Collection[str] = ("train", "dev", "test")) -> Task:
     """The examples of a configured task; `seed` draws the sample where a task draws one.
+
+    Args:
+        splits: what is wanted of a public data set; files of other splits need not be there.
 
     Raises:
         DataError: a file, or a row of it, cannot be used.
@@ -24,4 +42,17 @@ def load_task(config: TaskConfig, seed: int) -> Task:
             return text(**config.model_dump(exclude={"name", "block_size", "streaming"}))
         case InstructionConfig():
             return instructions(**config.model_dump(exclude={"streaming"}))
+        case ChoiceConfig():
+            return choices(config.name, config.loss, requested(config, seed, splits))
+        case AnswerConfig():
+            return answers(config.name, requested(config, seed, splits))
+        case Gsm8kConfig(mode=mode, target=target, questions=questions, misspelt=misspelt):
+            request = requested(config, seed, splits)
+            return gsm8k(mode=mode, target=target, questions=questions, misspelt=misspelt, request=request)
     raise NotImplementedError(config.name)
+
+
+def requested(config: SampledData, seed: int, splits: Collection[str]) -> Request:
+    sizes = config.model_dump(include={"train_examples", "dev_examples", "test_examples"})
+    drawn_by = seed if config.sample_seed is None else config.sample_seed
+    return Request(splits, drawn_by, config.data_dir, config.revision, **sizes)

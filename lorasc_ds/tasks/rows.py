@@ -6,13 +6,16 @@ import csv
 import gzip
 import io
 import json
+import re
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from lorasc_ds.errors import DataError
+
+SURROGATE = re.compile("[\ud800-\udfff]")  # half a character, which JSON can escape and no tokenizer can read
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +73,8 @@ class Row:
         raise DataError(f"{self.id}: the row needs field {key!r}, {needed}, got {value}")
 
 
-def is_text(value: object) -> bool:
-    return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)
+def is_text(value: object) -> TypeGuard[str]:
+    return isinstance(value, str) and SURROGATE.search(value) is None
 
 
 def short(text: str, length: int = 200) -> str:
@@ -214,7 +217,7 @@ def read_rows(path: Path, key: str) -> list[Row]:
 
 ADVICE = {  # what the hub's message holds -> what to do
     "gated": "accept its terms at https://huggingface.co/datasets/{dataset} and log in with `hf auth login`",
-    "Offline": "the hub is switched off (HF_HUB_OFFLINE) and the data set is not in the cache: switch it on",
+    "Offline": "HF_HUB_OFFLINE is set and the data set is not in the cache: unset it where there is network",
     "Couldn't reach": "the hub cannot be reached: try again with network",
     "Unknown split": "set task.revision to one that has split {split}",
     "BuilderConfig": "set task.revision to one that has configuration {config}",

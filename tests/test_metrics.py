@@ -20,6 +20,7 @@ from lorasc_ds.tasks.metrics import exact_match, f1, normalize, same_but_for_pun
         ("the", ["a"], 0, 1),  # both normalise to nothing
         ("no answer", ["no answer", "yes"], 1, 1),
         ("yes", ["no answer", "yes"], 0, 1),  # the first gold alone decides
+        ("answer", ["yes", "no answer"], 2 / 3, 0),
         ("Cannotanswer.", ["CANNOTANSWER"], 1, 1),
         ("red red blue", ["red blue blue"], 2 / 3, 0),  # bags, not sets
     ],

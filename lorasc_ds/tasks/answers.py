@@ -14,7 +14,7 @@ from lorasc_ds.tasks.rows import Row, object_row, read_json, read_rows
 
 
 def score(answer: str, example: Example) -> dict[str, float]:
-    answer = answer.strip()
+    """Spaces around an answer do not count: both metrics normalise."""
     return {"f1": f1(answer, example.references), "exact_match": exact_match(answer, example.references)}
 
 

@@ -21,7 +21,7 @@ def load_task(config: TaskConfig, seed: int) -> Task:
         case DigitsConfig():
             return digits(seed=seed, **config.model_dump(exclude={"name"}))
         case TextConfig():
-            return text(**config.model_dump(exclude={"name", "block_size", "streaming"}))
+            return text(**config.model_dump(exclude={"name", "block_size"}))
         case InstructionConfig():
-            return instructions(**config.model_dump(exclude={"streaming"}))
+            return instructions(**config.model_dump())
     raise NotImplementedError(config.name)

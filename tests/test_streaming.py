@@ -13,10 +13,11 @@ import pytest
 from conftest import RECIPE, Command, digest_of_run
 
 from lorasc_ds.cli import parse_command_line
+from lorasc_ds.dry_run import report
 from lorasc_ds.errors import DataError
 from lorasc_ds.preparation import Preparation, prepare
 from lorasc_ds.streaming import EncodedBlocks, EncodedRows, EncodedStream
-from lorasc_ds.tasks.streams import find_rows
+from lorasc_ds.tasks.streams import Rows, find_rows
 
 WORDS = "abcdefghijklm"
 INSTRUCTIONS = {"task.name": "instructions", "task.mask_prompt": "true", "training.max_length": 450}
@@ -265,6 +266,23 @@ def test_lengths_of_streamed_rows_are_their_bytes(tmp_path: Path, shared_data: P
     for example, size in zip(stream, stream.lengths, strict=True):
         assert abs(lines[example.id] - size) <= 3, "a blank line, the mark"
     assert data.order(0)[0] == stream.lengths.argmax()
+
+
+def test_before_training_a_stream_is_not_read_whole(
+    tmp_path: Path, shared_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a dry run tells is of a sample, but for the notes on held-out rows."""
+    file = write(tmp_path / "a.jsonl", instruction, 1500)
+    settings = INSTRUCTIONS | {"model.name_or_path": shared_data / "models" / "stories260K", "task.dev_examples": 20}
+    read: list[int] = []
+    text = Rows.text
+    monkeypatch.setattr(Rows, "text", lambda self, row: (read.append(row), text(self, row))[1])
+    preparation = prepared(file, **settings, **{"task.streaming": "true", "training.group_by_length": "true"})
+    told = "\n".join(preparation.derived_numbers())
+    report(preparation, 80 * 2**30)
+    assert len(preparation.data_sha256["train"]) == 64
+    assert "stream    1480 rows are read and tokenised when their step comes; looked at: 256 of them" in told
+    assert len(read) <= 256 + 20 + 16 + 3
 
 
 def test_nothing_is_held_but_where_rows_are(tmp_path: Path, shared_data: Path) -> None:

@@ -46,7 +46,7 @@ class Rows:
         try:
             with self.path.open("rb") as file:
                 file.seek(self.begins[row])
-                return file.readline().decode()
+                return file.readline().rstrip(b"\r\n").decode()
         except UnicodeDecodeError as error:
             raise DataError(f"{self.path}:{self.lines[row]}: not UTF-8; convert the file to UTF-8") from error
         except OSError as error:

@@ -30,6 +30,7 @@ FREE = {
 
 BY_OVERRIDE = {
     "cascade.rewarmup_steps",
+    "task.train_file",
     "training.early_stopping_patience",
     "training.epochs",
     "training.learning_rate",

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lorasc_ds.encoded import EncodedExample, ScoredTokens
 from lorasc_ds.order import Order
+from lorasc_ds.streaming import taken
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,7 +189,8 @@ def collate(examples: Sequence[Sequence[ScoredTokens]], gold: Sequence[int], lay
         for number, (row, start) in starts.items():
             segments[:, row, start : start + found[number].size] = torch.tensor(found[number].segments(number))
     padded = segments is None and bool((lengths < length).any())
-    where = torch.tensor([(*starts[number], place, target, of) for number, place, target, of in scored])
+    places = [(*starts[number], place, target, of) for number, place, target, of in scored]
+    where = torch.tensor(places, dtype=torch.int64).reshape(-1, 5)  # of a streamed row nothing may be scored
     token_row, token_start, token_place, token_target, token_sequence = where.unbind(dim=1)
     return Batch(
         input_ids=input_ids,
@@ -280,7 +282,7 @@ class TrainingData:
 
     def step(self, step: int) -> StepBatch:
         """The global batch of optimizer step `step`, counted from 0 over the run."""
-        chosen = [self.examples[at] for at in self.positions(step)]
+        chosen = taken(self.examples, self.positions(step))
         size = self.micro_batch_size
 
         def micro_batch(number: int) -> MicroBatch:
@@ -294,5 +296,5 @@ class TrainingData:
         return StepBatch(
             ids=tuple(example.id for example in chosen),
             micro_batches=tuple(micro_batch(turn * self.world_size + self.rank) for turn in range(rounds)),
-            normaliser=tokens if self.loss == "lm" else len(chosen),
+            normaliser=max(1, tokens) if self.loss == "lm" else len(chosen),
         )

@@ -10,7 +10,9 @@ from transformers import PreTrainedTokenizerBase
 from lorasc_ds.chat import encode_chat
 from lorasc_ds.encoded import EncodedExample, Prompt, ScoredTokens
 from lorasc_ds.errors import ConfigError, DataError
+from lorasc_ds.streaming import EncodedBlocks, EncodedRows
 from lorasc_ds.tasks import Example, Task
+from lorasc_ds.tasks.streams import Stream
 
 
 class Encoder:
@@ -94,6 +96,10 @@ class Encoder:
         return encoded
 
     def encode_examples(self, examples: Sequence[Example]) -> Sequence[EncodedExample]:
+        if isinstance(examples, Stream):
+            if self.task.kind == "documents":
+                return EncodedBlocks(self, examples)
+            return EncodedRows(self.encode_examples, examples, self.pad_id)
         match self.task.kind:
             case "documents":
                 return self.pack(examples)

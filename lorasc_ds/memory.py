@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lorasc_ds.data import trees_of
 from lorasc_ds.preparation import Preparation
+from lorasc_ds.streaming import looked_at
 
 GIB = 2**30
 DS_CONFIGS = Path(__file__).parents[1] / "ds_configs"
@@ -215,7 +216,7 @@ def activation_bytes(preparation: Preparation) -> int:
     h = shape.hidden_size
     f = getattr(shape, "intermediate_size", None) or 4 * h
     copies = 0 if size == 4 else sum(4 * one.A.shape[1] for one in preparation.weights)
-    train = preparation.splits["train"]
+    train = looked_at(preparation.splits["train"])
     of_example = (lambda e: (e.target,)) if preparation.task.loss == "lm" else (lambda e: e.candidates)
     trees = [set(trees_of(of_example(e), preparation.data.layout.share_prefixes).values()) for e in train]
     inputs, longest = max(map(len, trees)), max(tree.size for found in trees for tree in found)

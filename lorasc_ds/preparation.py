@@ -20,6 +20,7 @@ from lorasc_ds.encoding import Encoder
 from lorasc_ds.errors import ConfigError
 from lorasc_ds.method import Method, make_method, make_plan, make_schedule, unused_settings
 from lorasc_ds.order import Order, Source, sources_of
+from lorasc_ds.streaming import EncodedStream, looked_at
 from lorasc_ds.task_config import TextConfig
 from lorasc_ds.tasks import Task, load_task
 
@@ -60,7 +61,10 @@ class Preparation:
     @property
     def data_sha256(self) -> dict[str, str]:
         """Digest of the tokens of every split, in their order."""
-        return {split: digest_of(examples) for split, examples in self.splits.items()}
+        return {
+            split: examples.sha256 if isinstance(examples, EncodedStream) else digest_of(examples)
+            for split, examples in self.splits.items()
+        }
 
     @property
     def accumulation(self) -> int:
@@ -99,7 +103,7 @@ class Preparation:
         """What follows from the configuration, a line each."""
         training, cascade, plan = self.config.training, self.config.cascade, self.plan
         sizes = ", ".join(f"{len(examples)} {split}" for split, examples in self.splits.items())
-        lengths = [len(c.ids) for examples in self.splits.values() for e in examples for c in e.candidates]
+        lengths = [len(c.ids) for examples in self.splits.values() for e in looked_at(examples) for c in e.candidates]
         trained, frozen = (
             sum(p.numel() for p in self.shape.parameters() if p.requires_grad is r) for r in (True, False)
         )
@@ -132,6 +136,8 @@ class Preparation:
         if self.data.order.sources:
             shares = (f"{one.share / self.data.order.count:.1%} {one}" for one in self.data.order.sources)
             lines.append(f"sources   {'; '.join(shares)} examples")
+        if isinstance(self.data.examples, EncodedStream):
+            lines.append(f"stream    {self.data.examples.about()}")
         lines += [f"protocol  {line}" for line in self.task.notes]
         if self.shots_left_out:
             lines.append(f"note      {self.shots_left_out} demonstrations are left out of prompts that were too long")
@@ -149,13 +155,16 @@ class Preparation:
 
 def repeated(splits: dict[str, Sequence[EncodedExample]]) -> Iterator[str]:
     """What stands in the training examples twice, or in another split too, token for token."""
-    train = {example.target.ids for example in splits["train"]}
-    twice = len(splits["train"]) - len(train)
+    seen = looked_at(splits["train"])
+    train = {example.target.ids for example in seen}
+    twice = len(seen) - len(train)
     if twice:
-        yield f"{twice} of {len(splits['train'])} training examples are repetitions of others"
+        yield f"{twice} of {len(seen)} training examples are repetitions of others"
     for split, examples in splits.items():
+        if split == "train":  # of a stream not to be read whole
+            continue
         known = sum(bool(example.candidates) and example.target.ids in train for example in examples)
-        if split != "train" and known:
+        if known:
             yield f"{known} of {len(examples)} examples of {split} are training examples too: its score is no test"
 
 
@@ -202,8 +211,11 @@ def order_of(examples: Sequence[EncodedExample], task: Task, training: TrainingC
     sources: tuple[Source, ...] = ()
     lengths = None
     if task.weights is not None:
-        sources = sources_of([example.group for example in examples], task.weights)
-    if training.group_by_length:
+        streamed = isinstance(examples, EncodedStream)
+        sources = sources_of(examples.groups if streamed else [e.group for e in examples], task.weights)
+    if training.group_by_length and isinstance(examples, EncodedStream):
+        lengths = torch.from_numpy(examples.lengths)
+    elif training.group_by_length:
         scored = [(e.target,) if task.loss == "lm" else e.candidates for e in examples]
         lengths = torch.tensor([max(len(tokens.ids) for tokens in candidates) for candidates in scored])
     return Order(len(examples), training.seed, training.batch_size, sources, lengths)

@@ -85,7 +85,10 @@ def find(
         return None, begin_anew(directory, config, plan, origin)
     old = run_directory.flatten(chosen.state["config"])
     lines += [f"changed: {line}" for line in check_contract(old, settings(config), override, REMEDY)]
-    check_data(chosen.state["data_sha256"], data_sha256)
+    passed = {"train"} if "task.train_file" in override else set()
+    check_data(
+        *({k: v for k, v in one.items() if k not in passed} for one in (chosen.state["data_sha256"], data_sha256))
+    )
     progress, opened = Progress(chosen.state["step"], chosen.state["phase"]), chosen.state["expert"]
     closed = [record.steps for record in Ledger.load(ledger, chosen.state["ledger"]["experts"]).experts]
     check_plan(plan, progress, opened and opened["index"], closed)
@@ -164,7 +167,8 @@ def check_data(old: dict[str, str], new: dict[str, str]) -> None:
     if changed:
         raise ConfigError(
             f"task: the examples are not those that the run began with (sha256 of {', '.join(changed)}): give it back"
-            " its files and tokenizer, or take another --output_dir"
+            " its files and tokenizer, or take another --output_dir; where training rows were mended, add"
+            " --resume_override task.train_file"
         )
 
 

@@ -6,6 +6,7 @@ import resource
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -169,7 +170,8 @@ class Trainer:
     def probe(self) -> Callable[[], Tensor]:
         """Logits of a few training examples in evaluation mode, float32, at most `PROBE_TOKENS` of them."""
         data = self.preparation.data
-        batch = data.collate(data.examples[:PROBE_EXAMPLES]).last_scored(PROBE_TOKENS).to(self.processes.device)
+        examples = list(islice((example for example in data.examples if example.target.scored), PROBE_EXAMPLES))
+        batch = data.collate(examples).last_scored(PROBE_TOKENS).to(self.processes.device)
 
         def logits() -> Tensor:
             with evaluation_mode(self.engine.model):

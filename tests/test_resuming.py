@@ -107,7 +107,7 @@ def test_an_override_is_really_applied(stopped: Callable[..., Path], command: Co
     assert digest_of_run(directory) != digest_of_run(tmp_path / "whole")
     code, said = command(directory, "--resume_override=adapter.rank")
     assert code == 2
-    assert "only cascade.rewarmup_steps, training.epochs" in said
+    assert "only cascade.rewarmup_steps, task.train_file, training.early_stopping_patience" in said
 
 
 def test_what_was_later_than_the_checkpoint_is_gone(

@@ -129,7 +129,13 @@ def test_the_cost_of_a_batch_is_that_of_its_tensor(loss: str, pack: bool, share_
 
 def test_the_cost_of_an_epoch_is_that_of_the_run(shared_data: Path, tmp_path: Path) -> None:
     """Two processes' forward passes, of the order and micro batches that they would train on; the last step is short."""
-    write(tmp_path / "train.jsonl", *(("Go.", "Hi! " * draw) for draw in random.Random(0).sample((1, 2, 3, 4, 5, 60, 70, 80, 90, 100, 110, 120, 129), 13)))
+    write(
+        tmp_path / "train.jsonl",
+        *(
+            ("Go.", "Hi! " * draw)
+            for draw in random.Random(0).sample((1, 2, 3, 4, 5, 60, 70, 80, 90, 100, 110, 120, 129), 13)
+        ),
+    )
     arguments = ["--task.name=instructions", f"--task.train_file={tmp_path}/train.jsonl", f"--task.eval_file={tmp_path}/train.jsonl"]  # fmt: skip
     arguments += [f"--model.name_or_path={shared_data}/models/stories260K", "--training.batch_size=8", "--training.micro_batch_size=4"]  # fmt: skip
     costs = []

@@ -47,9 +47,9 @@ def load_task(config: TaskConfig, seed: int, splits: Collection[str] = ("train",
         case DigitsConfig():
             return digits(seed=seed, **config.model_dump(exclude={"name"}))
         case TextConfig():
-            return text(**config.model_dump(exclude={"name", "block_size", "streaming"}))
+            return text(**config.model_dump(exclude={"name", "block_size"}))
         case InstructionConfig():
-            return instructions(**config.model_dump(exclude={"streaming"}))
+            return instructions(**config.model_dump())
         case ChoiceConfig():
             return choices(config.name, config.loss, requested(config, seed, splits))
         case AnswerConfig():

@@ -7,6 +7,7 @@ The templates are those of MELoRA's scripts, which the paper follows (protocols,
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -14,7 +15,8 @@ import numpy as np
 
 from lorasc_ds.errors import ConfigError
 from lorasc_ds.tasks.base import Example, Message, Task
-from lorasc_ds.tasks.rows import Row, hub_rows, local_file, read_rows
+from lorasc_ds.tasks.rows import Row, hub_rows, local_file, object_row, parse_json, read_rows
+from lorasc_ds.tasks.streams import Stream, find_rows
 
 Template = Literal["alpaca", "stanford", "chat"]
 
@@ -34,6 +36,7 @@ ALPACA = {  # task.dataset -> the hub's id, and the file of the original release
 }
 MELORA_LENGTH = 256  # tokens
 MELORA_DEV_EXAMPLES = 2000
+FORMS_SEEN = 16  # rows of a stream that tell which forms it has
 HELD_OUT = 0.1  # of the rows, where there are too few for MELoRA's number
 SPEAKERS = {  # of ShareGPT's files -> role
     "system": "system",
@@ -94,9 +97,14 @@ def example_of(row: Row, template: Template | None, group: str = "") -> Example:
     return Example(row.id, prompt, texts=(prompt + output,), group=group)
 
 
+def streamed_row(path: Path, line: int, text: str, group: str, *, template: Template | None) -> Example:
+    """The example in a line of a .jsonl file."""
+    return example_of(object_row(f"{path}:{line}", parse_json(text, path, line)), template, group)
+
+
 def hold_out(
     examples: Sequence[Example], dev_examples: int | None, seed: int
-) -> tuple[list[Example], list[Example], str]:
+) -> tuple[Sequence[Example], list[Example], str]:
     """Train and dev examples as `datasets.Dataset.train_test_split(test_size, seed=seed)` splits and orders them.
 
     Args:
@@ -116,7 +124,10 @@ def hold_out(
             " give task.eval_file"
         )
     order = np.random.default_rng(seed).permutation(count)
-    train, dev = ([examples[at] for at in part] for part in (order[held_out:], order[:held_out]))
+    if isinstance(examples, Stream):
+        train, dev = examples.only(order[held_out:]), list(examples.only(order[:held_out]))
+    else:
+        train, dev = ([examples[at] for at in part] for part in (order[held_out:], order[:held_out]))
     tenth = " (a tenth; task.dev_examples)" if dev_examples is None and held_out < MELORA_DEV_EXAMPLES else ""
     return train, dev, f"{held_out} of {count} rows{tenth} are held out, drawn by task.sample_seed {seed}"
 
@@ -160,6 +171,7 @@ def instructions(
     sample_seed: int,
     template: Template | None,
     mask_prompt: bool,
+    streaming: bool,
 ) -> Task:
     """Requests and responses as a task. Splits: `train` and `dev` (`eval_file`, or rows held out).
 
@@ -167,15 +179,21 @@ def instructions(
         ConfigError, DataError: in one line.
     """
     files = [train_file] if isinstance(train_file, str) else list(train_file or ())
-    origin, found = sources(name, dataset, data_dir, revision, files)
-    examples = [example_of(row, template, group) for group, rows in found for row in rows]
+    examples: Sequence[Example]
+    if streaming:
+        names, places = files if len(files) > 1 else [""], [find_rows(Path(file), "task.train_file") for file in files]
+        origin, examples = ", ".join(files), Stream(places, names, partial(streamed_row, template=template))
+    else:
+        origin, found = sources(name, dataset, data_dir, revision, files)
+        examples = [example_of(row, template, group) for group, rows in found for row in rows]
     if eval_file is None:
         train, dev, split = hold_out(examples, dev_examples, sample_seed)
     else:
         rows = read_rows(Path(eval_file), "task.eval_file")
         train, dev, split = examples, [example_of(row, template) for row in rows], f"dev is {eval_file}"
-    chats = sum(bool(example.messages) for example in train)
-    forms = {"the tokenizer's chat template": chats, f"template {template or 'alpaca'}": len(train) - chats}
+    seen = train[:FORMS_SEEN] if streaming else train
+    chats = sum(bool(example.messages) for example in seen)
+    forms = {"the tokenizer's chat template": chats, f"template {template or 'alpaca'}": len(seen) - chats}
     loss = "the response alone" if mask_prompt else "all tokens, those of the prompt too"
     return Task(
         name=name,

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+
+import numpy as np
 
 from lorasc_ds.errors import DataError
 from lorasc_ds.task_config import files_of
 from lorasc_ds.tasks.base import Example, Task
+from lorasc_ds.tasks.streams import Stream, find_rows
 
 HELD_OUT = 0.1  # of train_file, at its end, where no eval_file is given
 
@@ -43,19 +48,28 @@ def read_documents(path: Path, key: str, text_field: str, group: str = "") -> li
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            where = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
-            raise DataError(f"{path}:{number}: not JSON ({where}); mend the row") from error
-        value = row.get(text_field) if isinstance(row, dict) else None
-        if not isinstance(value, str) or not value.strip() or any("\ud800" <= c <= "\udfff" for c in value):
-            raise DataError(
-                f"{path}:{number}: task.text_field {text_field!r} needs to be a text that is not empty, without lone"
-                f" surrogates, got {value!r}"
-            )
-        documents.append(document(f"{path}:{number}", value, group))
+        documents.append(document_of(path, number, line, group, text_field=text_field))
     return documents
+
+
+def document_of(path: Path, number: int, line: str, group: str, *, text_field: str) -> Example:
+    """The document of a row, which is line `number` of a .jsonl.
+
+    Raises:
+        DataError: with `file:line`.
+    """
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        where = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
+        raise DataError(f"{path}:{number}: not JSON ({where}); mend the row") from error
+    value = row.get(text_field) if isinstance(row, dict) else None
+    if not isinstance(value, str) or not value.strip() or any("\ud800" <= c <= "\udfff" for c in value):
+        raise DataError(
+            f"{path}:{number}: task.text_field {text_field!r} needs to be a text that is not empty, without lone"
+            f" surrogates, got {value!r}"
+        )
+    return document(f"{path}:{number}", value, group)
 
 
 def document(id: str, text: str, group: str = "") -> Example:
@@ -81,13 +95,39 @@ def hold_out(documents: list[Example]) -> tuple[list[Example], list[Example]]:
     return [document(whole.id, text[:cut], whole.group)], [document(f"{whole.id} (end)", text[cut:], whole.group)]
 
 
+def streamed(
+    files: Sequence[str], groups: Sequence[str], text_field: str, *, holds_out: bool
+) -> tuple[Stream, list[Example]]:
+    """Train documents that are read when they are asked for, and those that are held out, in memory.
+
+    Raises:
+        DataError: a file cannot be read, or has no document to hold out.
+    """
+    rows = [find_rows(Path(file), "task.train_file") for file in files]
+    whole = Stream(rows, groups, partial(document_of, text_field=text_field))
+    if not holds_out:
+        return whole, []
+    for of_file in rows:
+        if len(of_file) == 1:
+            raise DataError(f"{of_file.path} has one document, none to hold out: give task.eval_file")
+    ends = [int(start) + kept_of(len(of_file)) for start, of_file in zip(whole.starts, rows, strict=False)]
+    kept = np.concatenate([np.arange(start, end) for start, end in zip(whole.starts, ends, strict=False)])
+    held_out = np.setdiff1d(np.arange(len(whole)), kept)
+    return whole.only(kept), list(whole.only(held_out))
+
+
 def kept_of(documents: int) -> int:
     """How many of several documents stay, where the last tenth is held out."""
     return documents - max(1, round(HELD_OUT * documents))
 
 
 def text(
-    *, train_file: str | tuple[str, ...], eval_file: str | None, weights: tuple[float, ...] | None, text_field: str
+    *,
+    train_file: str | tuple[str, ...],
+    eval_file: str | None,
+    weights: tuple[float, ...] | None,
+    text_field: str,
+    streaming: bool,
 ) -> Task:
     """Local files as a task. Splits: `train` and `dev` (the held-out part, of each file its own).
 
@@ -98,13 +138,13 @@ def text(
     """
     files = files_of(train_file)
     groups = files if len(files) > 1 else ("",)
-    train: list[Example] = []
-    dev: list[Example] = []
-    for file, group in zip(files, groups, strict=True):
-        documents = read_documents(Path(file), "task.train_file", text_field, group)
-        kept, held_out = hold_out(documents) if eval_file is None else (documents, [])
-        train += kept
-        dev += held_out
+    train: Sequence[Example]
+    if streaming:
+        train, dev = streamed(files, groups, text_field, holds_out=eval_file is None)
+    else:
+        read = [read_documents(Path(f), "task.train_file", text_field, g) for f, g in zip(files, groups, strict=True)]
+        parts = [hold_out(documents) if eval_file is None else (documents, []) for documents in read]
+        train, dev = ([one for part in parts for one in part[at]] for at in (0, 1))
     if eval_file is not None:
         dev = read_documents(Path(eval_file), "task.eval_file", text_field)
     return Task(

@@ -79,7 +79,7 @@ BAD = {
     "batch not divisible": ("", ["--training.batch_size=6", "--training.micro_batch_size=4"], r"batch_size 6 is not divisible by training\.micro_batch_size 4"),
     "nothing to select from": ("training: {select: best_dev, evaluate: end}", [], r"select best_dev needs the dev loss of every epoch"),
     "too many images": ("task: {train_examples: 200, dev_examples: 98}", [], r"is more than the 297 images"),
-    "unknown task": ("", ["--task.name=poems"], r"task\.name is 'poems': one of 'digits', 'text' is needed"),
+    "unknown task": ("", ["--task.name=poems"], r"task\.name is 'poems': one of 'digits', 'text', 'sst2', "),
     "missing key": ("task: {name: text}", [], r"task\.train_file is needed: set it in the recipe or with --task\.train_file"),
     "unknown suffix": ("task: {name: text, train_file: a.csv}", [], r"task\.train_file is 'a\.csv': a name that ends in"),
     "no section": ("model: tiny", [], r"model is 'tiny' \(.*yaml:1\): a section with keys"),
@@ -125,7 +125,7 @@ def test_help_tells_the_values_and_the_defaults(capsys: pytest.CaptureFixture[st
     assert ended.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
     assert "One of: linear, cosine, constant. Default: null." in text
-    assert "One of: digits, text." in text
+    assert "One of: digits, text, sst2, " in text
 
 
 def test_every_field_has_a_meaning() -> None:

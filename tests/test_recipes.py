@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import math
 import re
 import shlex
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
 
@@ -14,7 +18,13 @@ from accelerate import Accelerator
 from conftest import RECIPE, ROOT
 from peft import LoraConfig, get_peft_model
 from torch.utils.data import DataLoader
-from transformers import LlamaForCausalLM, get_linear_schedule_with_warmup
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaForCausalLM,
+    get_linear_schedule_with_warmup,
+)
 
 from lorasc_ds import Cascade
 from lorasc_ds.algorithm.ledger import Ledger
@@ -23,6 +33,7 @@ from lorasc_ds.config import AdapterConfig, CascadeConfig, Config
 from lorasc_ds.method import make_method, make_plan
 from lorasc_ds.preparation import prepare
 from lorasc_ds.run_directory import flatten
+from lorasc_ds.train import main
 
 FOLDER = RECIPE.parent
 RECIPES = sorted(path.name for path in FOLDER.glob("*.yaml"))
@@ -71,15 +82,6 @@ METHOD_ROWS, PAPER_ROWS = tables()
 
 def name_of(row: str) -> str:
     return " ".join(flags_in(row))
-
-
-@pytest.fixture
-def tiny_llama2(tiny_folder: Path, tmp_path: Path) -> list[str]:
-    """What puts a tiny model and 1000 training sequences in the place of Llama-2-7B and a user's text."""
-    for name, sequences in (("train", 1000), ("dev", 5)):
-        (tmp_path / f"{name}.txt").write_text("0 1 2 3 4 5 6 7 " * (sequences - 1) + "0 1 2 3")
-    files = [f"--task.train_file={tmp_path / 'train.txt'}", f"--task.eval_file={tmp_path / 'dev.txt'}"]
-    return [f"--model.name_or_path={tiny_folder}", *files, "--task.block_size=8"]
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -134,17 +136,102 @@ def test_the_flags_of_a_method_make_its_recipe(row: str) -> None:
     assert settings(config, without=unused) == settings(from_recipe, without=unused)
 
 
-@pytest.mark.parametrize("name", OF_LLAMA)
-def test_a_recipe_for_llama_2_can_be_prepared(name: str, tiny_llama2: list[str]) -> None:
-    prepared = prepare(config_of(*tiny_llama2, "--training.epochs=20", recipe=name))  # longer than Alpaca's warm-up
-    assert prepared.weights[0].scaling == 2
+def written(folder: Path, name: str, rows: list[dict[str, Any]]) -> None:
+    (folder / name).write_text("\n".join(json.dumps(row) for row in rows))
 
 
-def test_the_paper_s_rows_are_their_experts_over_1250_steps(tiny_llama2: list[str]) -> None:
+def files_of(task: str, data: Path, made: Path) -> list[str]:
+    """Flags that put released files, real or made, in the place of a hub data set or of one's own file."""
+    folders = {"squad": data / "squad", "gsm8k": data / "gsm8k"}
+    for name, folder in (("rte", "RTE"), ("cb", "CB"), ("wsc", "WSC"), ("copa", "COPA")):
+        folders[name] = data / "superglue" / folder
+    for name, folder in (("boolq", "BoolQ"), ("record", "ReCoRD")):
+        folders[name] = data / "superglue" / "fewglue32" / folder
+    if task == "sst2":
+        for name in ("train", "dev"):
+            (made / f"{name}.tsv").write_text("sentence\tlabel\n" + "a gripping ride \t1\na bore \t0\n" * 8)
+    if task == "wic":
+        row = {"word": "place", "sentence1": "Come to my place.", "sentence2": "A political place.", "label": False}
+        for name in ("train", "val"):
+            written(made, f"{name}.jsonl", [row | {"idx": n} for n in range(12)])
+    if task == "multirc":
+        answers = [{"text": "Ann", "label": 1}, {"text": "Bob", "label": 0}]
+        row = {"passage": {"text": "Ann has a dog.", "questions": [{"question": "Who has a dog?", "answers": answers}]}}
+        for name in ("train", "val"):
+            written(made, f"{name}.jsonl", [row] * 6)
+    if task == "drop":
+        for name in ("train", "dev"):
+            shutil.copy(data / "drop" / "allennlp_fixture_drop.json", made / f"drop_dataset_{name}.json")
+    if task in ("alpaca", "instructions"):
+        written(made, "train.jsonl", json.loads((data / "alpaca" / "random_9k.json").read_text())[:40])
+        return [f"--task.train_file={made / 'train.jsonl'}", "--task.dev_examples=2"]
+    if task == "text":
+        (made / "train.txt").write_text("Once upon a time there was a little dog. " * 400)
+        return [f"--task.train_file={made / 'train.txt'}", "--task.block_size=32"]
+    sizes = [f"--task.{split}_examples={count}" for split, count in (("train", 4), ("dev", 2), ("test", 2))]
+    return [f"--task.data_dir={folders.get(task, made)}", *sizes]
+
+
+SHAPE = {"vocab_size": 512, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "head_dim": 8}
+SHAPE |= {"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 4096}
+
+
+@pytest.fixture(scope="session")
+def tiny_models(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A tiny random model of the architecture that a hub id names, with a real tokenizer."""
+    found: dict[str, Path] = {}
+
+    def folder_of(name: str) -> Path:
+        kind = "qwen3" if "Qwen3" in name else "llama"
+        if kind not in found:
+            found[kind] = tmp_path_factory.mktemp(kind)
+            torch.manual_seed(0)
+            AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **SHAPE)).save_pretrained(found[kind])
+            AutoTokenizer.from_pretrained(shared_data / "models" / "stories260K").save_pretrained(found[kind])
+        return found[kind]
+
+    return folder_of
+
+
+PAPER_TASKS = ["rte", "sst2", "cb", "boolq", "wsc", "wic", "multirc", "copa", "record", "squad", "drop", "gsm8k"]
+EXECUTED = [(name, None) for name in OF_LLAMA] + [("llama2-7b.yaml", task) for task in PAPER_TASKS[1:]]
+
+
+@pytest.mark.parametrize(("name", "task"), EXECUTED, ids=lambda value: str(value or ""))
+def test_a_recipe_takes_two_steps_and_is_scored(
+    name: str, task: str | None, tiny_models: Callable[[str], Path], shared_data: Path, tmp_path: Path
+) -> None:
+    """On a tiny model of its architecture and on released files: the loss is a number, every split has its scores."""
+    other = [f"--task.name={task}"] if task else []
+    recipe = config_of(*other, recipe=name)
+    flags = [*other, *files_of(recipe.task.name, shared_data, tmp_path)]
+    flags += [f"--model.name_or_path={tiny_models(recipe.model.name_or_path)}", "--training.max_steps=2"]
+    flags += ["--training.warmup_steps=0", "--training.batch_size=2", "--training.micro_batch_size=1"]
+    flags += ["--cascade.experts=2", "--training.save_model=false", "--tracking.tensorboard=false"]
+    directory = tmp_path / "run"
+    assert main(["--config", str(FOLDER / name), "--output_dir", str(directory), *flags], RECIPE) == 0
+    summary = json.loads((directory / "summary.json").read_text())
+    assert (summary["steps"], summary["experts"]) == (2, 2)
+    assert summary["eval"].keys() == summary["eval_before"].keys()
+    metric = {"squad": "f1", "drop": "f1", "gsm8k": "exact_match"}.get(recipe.task.name, "accuracy")
+    metric = "perplexity" if recipe.task.name in ("alpaca", "instructions", "text") else metric
+    assert all(metric in scores and math.isfinite(scores["loss"]) for scores in summary["eval"].values())
+
+
+@pytest.fixture
+def tiny_rte(tiny_folder: Path, tmp_path: Path) -> list[str]:
+    """What puts a tiny model and released rows, 1500 to draw from, in the place of Llama-2-7B and the hub."""
+    row = {"premise": "a b c", "hypothesis": "d", "label": "entailment"}
+    for name, count in (("train", 1500), ("val", 2)):
+        written(tmp_path, f"{name}.jsonl", [row] * count)
+    return [f"--model.name_or_path={tiny_folder}", f"--task.data_dir={tmp_path}"]
+
+
+def test_the_paper_s_rows_are_their_experts_over_1250_steps(tiny_rte: list[str]) -> None:
     adapters = [[], *(flags_in(row) for row in PAPER_ROWS if "--adapter" in row)]
     assert len(adapters) == 3
     rows = [flags_in(row) for row in PAPER_ROWS if "--adapter" not in row]
-    prepared = prepare(config_of(*tiny_llama2, recipe="llama2-7b.yaml"))
+    prepared = prepare(config_of(*tiny_rte, recipe="llama2-7b.yaml"))
     assert prepared.plan.steps == 1250
     experts = {"lora": 1, "cola": 2, "cascade": 5, "slow": 5, "lorasc": 5}
     for flags in rows:

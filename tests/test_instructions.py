@@ -217,9 +217,10 @@ def test_three_ways_to_write_a_chat(stories: PreTrainedTokenizerBase) -> None:
     [
         (None, ConfigError, r"task\.template chat, .* model\.name_or_path has none: name a model that has one"),
         (FORGETFUL, ConfigError, r"task\.mask_prompt is true, but a\.jsonl:1: .* message 3 of 5 does not begin or end as in the whole chat"),
+        (CHATML + "{% generation %}{% endgeneration %}", DataError, r"a\.jsonl:1: nothing of its \d+ tokens is scored; give the row an answer"),
         ("{{ raise_exception('no system,\nplease') }}", DataError, r"^a\.jsonl:1: the tokenizer's chat template refuses the messages \(no system, please\); mend the row$"),
     ],
-    ids=["none", "forgetful", "refuses"],
+    ids=["none", "forgetful", "marks nothing", "refuses"],
 )  # fmt: skip
 def test_templates_that_cannot_be_used(
     stories: PreTrainedTokenizerBase, template: str | None, error: type[Exception], message: str

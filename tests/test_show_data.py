@@ -180,11 +180,11 @@ def test_an_example_with_an_answer_to_generate() -> None:
 
 
 def test_every_candidate_is_shown_and_the_right_one_marked(capsys: pytest.CaptureFixture[str]) -> None:
-    _, out, _ = printed(capsys, "--task.train_examples=8", "--task.dev_examples=2", "--task.test_examples=2", "--examples=1", "--split=old_domain")  # fmt: skip
+    _, out, _ = printed(capsys, "--task.train_examples=8", "--task.dev_examples=2", "--task.test_examples=2", "--examples=1", "--split=old_domain", "--training.packing=true")  # fmt: skip
     lines = out[out.index("the first examples of old_domain") :].splitlines()[2:]
     assert [line[-5:] for line in lines] == [f"[[ {digit}]]"[-5:] for digit in range(10)]
     assert sum(line.startswith("    gold  (67 tokens, 1 scored) <s> a a") for line in lines) == 1
-    assert out.count("configured") == 1
+    assert [line.split()[:2] for line in out.splitlines() if line.endswith("configured")] == [["true", "false"]]
 
 
 def test_demonstrations_are_shown_without_weights(shared_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip

@@ -79,7 +79,10 @@ class Encoder:
         return own if own < self.vocabulary_size else 0
 
     def encode_texts(self, texts: list[str]) -> list[list[int]]:
-        return cast(list[list[int]], self.tokenizer(texts, verbose=False)["input_ids"]) if texts else []
+        # an empty list is more than transformers 5.23 can take
+        return (
+            cast(list[list[int]], self.tokenizer(texts, verbose=False)["input_ids"]) if texts else [] if texts else []
+        )
 
     def encode(self) -> dict[str, Sequence[EncodedExample]]:
         """Every split of the task.

@@ -13,6 +13,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 OWNERS = {  # engine -> the places that may import it
     "peft": ("adapters.py",),
     "deepspeed": ("sharding/",),
+    "lm_eval": ("harness.py",),
     "torch.distributed": ("sharding/",),
     "accelerate": ("sharding/", "train.py", "trainer.py"),
     "pydantic": ("config.py", "task_config.py", "training_config.py", "cli.py", "show_data.py"),

@@ -80,9 +80,7 @@ class Encoder:
 
     def encode_texts(self, texts: list[str]) -> list[list[int]]:
         # an empty list is more than transformers 5.23 can take
-        return (
-            cast(list[list[int]], self.tokenizer(texts, verbose=False)["input_ids"]) if texts else [] if texts else []
-        )
+        return cast(list[list[int]], self.tokenizer(texts, verbose=False)["input_ids"]) if texts else []
 
     def encode(self) -> dict[str, Sequence[EncodedExample]]:
         """Every split of the task.

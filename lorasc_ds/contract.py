@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
+from lorasc_ds.cli import fields_of, task_fields
 from lorasc_ds.errors import ConfigError
 
 FREE = {
@@ -49,6 +50,14 @@ def changes(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, An
     return {key: (old.get(key), new.get(key)) for key in sorted(old | new) if old.get(key) != new.get(key)}
 
 
+def completed(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a run of an earlier version, with the defaults of those that came later."""
+    of_task = task_fields().get(settings.get("task.name", ""), {})
+    fields = {key: found[0] for key, found in fields_of().items() if not key.startswith("task.")}
+    fields |= {f"task.{key}": field for key, field in of_task.items()}
+    return {key: field.default for key, field in fields.items() if not field.is_required()} | settings
+
+
 def check_contract(old: dict[str, Any], new: dict[str, Any], override: Collection[str], remedy: str) -> list[str]:
     """Compare the settings of a run with those it is to go on with.
 
@@ -63,7 +72,7 @@ def check_contract(old: dict[str, Any], new: dict[str, Any], override: Collectio
     Raises:
         ConfigError: a setting changes that may not, or not without an override.
     """
-    changed = changes(old, new)
+    changed = changes(completed(old), new)
     told = {key: f"{key} {before} -> {now}" for key, (before, now) in changed.items()}
     fixed = [line for key, line in told.items() if key not in FREE | BY_OVERRIDE]
     if fixed:

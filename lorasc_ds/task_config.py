@@ -115,6 +115,8 @@ class Gsm8kConfig(SampledData):
         description="What is trained on: the rationale on one line and `So the answer is N.`, as the demonstrations"
         " have it; or the answer as released, and an answer then ends at an empty line.",
     )
+    shots: int = Field(default=8, ge=0, le=8, description="Demonstrations of an evaluation; 0: as in training.")
+    max_new_tokens: int = Field(default=512, ge=1, description="Longest answer that is generated, in tokens.")
     questions: Literal["subset", "full"] = Field(
         default="subset", description="Test questions: the 200 that the paper's number is of, or all 1319."
     )

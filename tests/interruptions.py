@@ -38,7 +38,7 @@ POINTS = {
     "merge": (merge, "merge_"),  # each weight
     "replay": (merge, "add_delta_"),
     "append": (Ledger, "append"),
-    "evaluate": (evaluation, "candidate_sums"),  # each batch
+    "evaluate": (evaluation, "token_log_probabilities"),  # each batch
     "ship": (LiveWeights, "save"),
     "fsync": (os, "fsync"),  # each file of everything, and each folder
     "replace": (os, "replace"),

@@ -13,12 +13,13 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, Start, flip
+from conftest import RECIPE, ROOT, Start, flip
 from forking import free_port
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from lorasc_ds import export
 from lorasc_ds.evaluate import main
+from lorasc_ds.train import main as train
 
 Command = Callable[..., tuple[int, str, str]]
 TASKS = "--tasks=rte,copa,squad", "--limit=6", "--max_length=512", "--records"
@@ -168,6 +169,36 @@ def test_few_shots_on_a_model_with_room(evaluated: Command, stories: Path, share
     remarks = summary_of(tmp_path / "out")["tasks"]["mmlu"]["remarks"]
     assert any("demonstrations are left out" in line for line in remarks)  # of a history, in 512 tokens' letters
     assert set(metrics_of(tmp_path / "out")["bbh"]["test"]) >= {"accuracy", "accuracy/boolean_expressions"}
+
+
+@pytest.mark.parametrize(
+    ("task", "recipe", "flags"),
+    [
+        ("alpaca", "llama2-7b-alpaca.yaml", ["--task.dev_examples=20", "--training.batch_size=16"]),
+        ("gsm8k", "llama2-7b.yaml", ["--task.shots=0", "--task.max_new_tokens=64", "--task.dev_examples=8"]),
+    ],
+)
+def test_a_pretrained_model_learns_real_rows_and_is_exported_and_scored(
+    evaluated: Command, stories: Path, shared_data: Path, tmp_path: Path, task: str, recipe: str, flags: list[str]
+) -> None:
+    """From the paper's recipes: the loss of unseen rows falls, and the export scores as the run says."""
+    directory, rows = tmp_path / "run", json.loads((shared_data / "alpaca" / "random_9k.json").read_text())
+    if task == "alpaca":
+        (tmp_path / "rows.json").write_text(json.dumps(rows[:260]))
+        flags = [*flags, f"--task.train_file={tmp_path / 'rows.json'}", "--training.warmup_steps=4"]
+    else:
+        flags = [*flags, "--task.name=gsm8k", f"--task.data_dir={shared_data / 'gsm8k'}"]
+        flags += ["--task.train_examples=100", "--task.test_examples=4", "--training.batch_size=10"]
+    flags += [f"--model.name_or_path={stories}", "--model.dtype=float32", "--training.epochs=2"]
+    flags += ["--training.learning_rate=1e-2", "--tracking.tensorboard=false", "--training.micro_batch_size=null"]
+    assert train(["--config", str(RECIPE.parent / recipe), f"--output_dir={directory}", *flags], RECIPE) == 0
+    summary = summary_of(directory)
+    assert summary["experts"] == 2
+    assert summary["eval"]["dev"]["loss"] < summary["eval_before"]["dev"]["loss"] - 0.3
+    assert export.main([str(directory), f"--output_dir={tmp_path / 'exported'}", "--compare=false"]) == 0
+    assert evaluated(directory, "--splits=dev,test", f"--output_dir={tmp_path / 'scores'}")[0] == 0
+    for split, scores in metrics_of(tmp_path / "scores")[task].items():
+        assert scores == pytest.approx(summary["eval"][split], abs=1e-5)
 
 
 BAD = {

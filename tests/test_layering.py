@@ -15,7 +15,7 @@ OWNERS = {  # engine -> the places that may import it
     "deepspeed": ("sharding/",),
     "lm_eval": ("harness.py",),
     "torch.distributed": ("sharding/",),
-    "accelerate": ("sharding/", "train.py", "trainer.py"),
+    "accelerate": ("sharding/", "train.py", "trainer.py", "subject.py"),
     "pydantic": ("config.py", "task_config.py", "training_config.py", "cli.py", "show_data.py"),
 }
 FORBIDDEN = {  # place -> what it must not know

@@ -221,9 +221,9 @@ def test_the_activation_estimate_is_near_the_truth(dtype: str, checkpointing: st
 
 
 def test_an_evaluation_may_need_more_than_a_training_step(tiny_folder: Path) -> None:
-    """Logits of 66 positions in bfloat16; of the scored one again, and twice in float32."""
+    """Logits of 66 positions in bfloat16; of the ten scored answers again, and twice in float32."""
     preparation = tiny(tiny_folder, "--model.dtype=bfloat16", "--training.eval_batch_size=1000", processes=2)
-    logits = 1000 * 40 * (2 * 66 + 2 + 8)
+    logits = 1000 * 40 * (2 * 66 + 10 * (2 + 8))
     assert [memory_plan(preparation, zero).activations for zero in ({}, ZERO3)] == [logits, logits]
 
 

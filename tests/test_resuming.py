@@ -20,7 +20,8 @@ from lorasc_ds import resuming
 from lorasc_ds.algorithm.plan import Plan
 from lorasc_ds.checkpoint import Checkpoints
 from lorasc_ds.cli import parse_command_line
-from lorasc_ds.errors import CheckpointError
+from lorasc_ds.contract import check_contract, completed
+from lorasc_ds.errors import CheckpointError, ConfigError
 from lorasc_ds.train import main
 
 
@@ -348,3 +349,13 @@ def test_a_planted_pickle_is_never_executed(stopped: Callable[..., Path], comman
     assert not (tmp_path / "executed").exists()
     pickle.loads(payload)
     assert (tmp_path / "executed").exists()  # it would have been seen
+
+
+def test_a_setting_that_came_with_a_later_version_had_its_default() -> None:
+    now = {"task.name": "text", "training.packing": False, "training.group_by_length": False, "task.streaming": False}
+    now |= completed(now)
+    before = {key: value for key, value in now.items() if not key.endswith(("group_by_length", "streaming"))}
+    assert check_contract(before, now, (), "") == []
+    for key in ("training.group_by_length", "task.streaming"):
+        with pytest.raises(ConfigError, match=f"{key} False -> True: the run was begun otherwise"):
+            check_contract(before, now | {key: True}, (), "")

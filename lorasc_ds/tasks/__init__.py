@@ -54,9 +54,9 @@ def load_task(config: TaskConfig, seed: int, splits: Collection[str] = ("train",
             return choices(config.name, config.loss, requested(config, seed, splits))
         case AnswerConfig():
             return answers(config.name, requested(config, seed, splits))
-        case Gsm8kConfig(mode=mode, target=target, questions=questions, misspelt=misspelt):
-            request = requested(config, seed, splits)
-            return gsm8k(mode=mode, target=target, questions=questions, misspelt=misspelt, request=request)
+        case Gsm8kConfig():
+            settings = config.model_dump(exclude={"name", *SampledData.model_fields})
+            return gsm8k(request=requested(config, seed, splits), **settings)
         case MmluConfig():
             return mmlu(**config.model_dump(exclude={"name"}))
         case BbhConfig():

@@ -91,6 +91,8 @@ def gsm8k(
     target: Literal["line", "raw"],
     questions: Literal["subset", "full"],
     misspelt: bool,
+    shots: int,
+    max_new_tokens: int,
     request: Request,
 ) -> Task:
     """
@@ -98,16 +100,17 @@ def gsm8k(
         DataError: rows cannot be had, or one of those drawn cannot be used.
     """
     drawn = rows_to_train(SOURCE, request)
-    shots = tuple(shot.text(mode, misspelt) for shot in SHOTS)
+    demonstrations = tuple(shot.text(mode, misspelt) for shot in SHOTS[:shots])
     splits: dict[str, Sequence[Example]] = {
         split: [example(row, target) for row in rows] for split, rows in drawn.splits.items()
     }
     if "test" in request.splits:
         splits["test"] = questions_to_test(request, questions, target)
     for split in {"dev", "test"} & set(splits):
-        splits[split] = [replace(one, header=HEADER, shots=shots) for one in splits[split]]
-    notes = [*drawn.notes, f"8 demonstrations, mode {mode}, when an answer is generated; none in the loss"]
-    if mode == "direct" and misspelt:
+        header = HEADER if shots else ""
+        splits[split] = [replace(one, header=header, shots=demonstrations) for one in splits[split]]
+    notes = [*drawn.notes, f"{shots} demonstrations, mode {mode}, when an answer is generated; none in the loss"]
+    if mode == "direct" and misspelt and shots:
         notes.append("demonstrations begin with `Quesion:`, as in open-instruct")
     if target == "raw":
         notes.append("trained on answers as released, and an answer ends at an empty line")
@@ -121,7 +124,7 @@ def gsm8k(
         splits=splits,
         headline="exact_match",
         notes=tuple(notes),
-        generation=Generation(max_new_tokens=512, score=score, stop=(ENDS[target],)),
+        generation=Generation(max_new_tokens=max_new_tokens, score=score, stop=(ENDS[target],)),
         max_length=MAX_LENGTH,
     )
 

@@ -61,7 +61,8 @@ class Encoder:
         self.shots_left_out = 0
         self.left_out = 0  # rows of which the limit leaves nothing that is scored
         # Some tokenizers close every text by themselves; whether a text ends is said here alone.
-        self.closes_texts = bool(self.end) and self.encode_texts([""])[0][-1:] == self.end
+        probe = self.encode_texts(["a"])[0]  # not the empty text, which is all but what may open a text
+        self.closes_texts = bool(self.end) and len(probe) > 1 and probe[-1:] == self.end
 
     def room(self, limit: int | None, max_new_tokens: int) -> int | None:
         """What an answer of so many tokens leaves of `limit`, in training too, as MeZO has it."""

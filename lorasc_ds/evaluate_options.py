@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from lorasc_ds.cli import Parser, build_task, did_you_mean, load_yaml, meaning, task_fields
+from lorasc_ds.cli import Parser, build_config, build_task, did_you_mean, load_yaml, meaning, task_fields
 from lorasc_ds.errors import ConfigError
 from lorasc_ds.task_config import TaskConfig
 
@@ -39,6 +40,7 @@ class EvaluateOptions:
         dtype: None: the run's, or bfloat16 on a GPU and float32 without.
         tasks: settings by task.
         splits: what is scored, where a task has it; else all that it has but `train`.
+        max_lengths: longest sequence in tokens by task; None: the task's.
         limit: examples of every split and group; None: all.
         records: whether to write `records.jsonl`.
     """
@@ -54,7 +56,7 @@ class EvaluateOptions:
     splits: tuple[str, ...]
     limit: int | None
     batch_size: int
-    max_length: int | None
+    max_lengths: dict[str, int | None]
     share_prefixes: bool
     seed: int
     records: bool
@@ -88,14 +90,16 @@ def make_parser() -> argparse.ArgumentParser:
     add("--splits", default="test", metavar="NAME[,NAME]", help="default: test, or all but train where there is none")
     add("--limit", type=int, metavar="N", help="examples of every split, and of every subject in it (default: all)")
     add("--batch_size", type=int, default=16, metavar="N", help="rows that the model reads at once (default: 16)")
-    add("--max_length", type=int, metavar="N", help="longest sequence in tokens (default: the task's)")
+    add(
+        "--max_length", type=int, metavar="N", help="longest sequence in tokens (default: the run's own, or the task's)"
+    )
     add(
         "--share_prefixes",
         choices=("true", "false"),
         default="true",
         help="read what the candidates of a question begin with once (default: true, where the model can)",
     )
-    add("--seed", type=int, default=0, metavar="N", help="of samples of examples, and of sampling (default: 0)")
+    add("--seed", type=int, metavar="N", help="of samples of examples, and of sampling (default: the run's, or 0)")
     add("--records", action="store_true", help="write records.jsonl: every example with its prediction")
     add("--confirm_run_unsafe_code", action="store_true", help="run the programs that a model writes for humaneval")
     add(
@@ -135,7 +139,13 @@ def parse(arguments: Sequence[str]) -> EvaluateOptions:
         raise ConfigError(f"--output_dir {options.output_dir} exists: give a folder that does not exist yet")
     if options.harness_tasks and importlib.util.find_spec("lm_eval") is None:
         raise ConfigError("--harness_tasks needs lm-evaluation-harness: pip install -e '.[eval]'")
+    splits = listed(options.splits)
+    if not splits or "train" in splits:
+        raise ConfigError(f"--splits {options.splits}: name splits that are scored, dev or test; train is not")
+    run = settings_of_run(options.subject)
+    own, trained = run.get("task", {}), run.get("training", {})
     harness = HarnessOptions(listed(options.harness_tasks), options.harness_include_path, options.harness_shots)
+    tasks = tasks_of(options, own, bool(harness.tasks))
     return EvaluateOptions(
         subject=options.subject,
         output_dir=options.output_dir,
@@ -144,13 +154,16 @@ def parse(arguments: Sequence[str]) -> EvaluateOptions:
         revision=options.revision,
         trust_remote_code=options.trust_remote_code,
         dtype=options.dtype,
-        tasks=tasks_of(options, bool(harness.tasks)),
-        splits=listed(options.splits),
+        tasks=tasks,
+        splits=splits,
         limit=options.limit,
         batch_size=options.batch_size,
-        max_length=options.max_length,
+        max_lengths={
+            task.name: options.max_length or (trained["max_length"] if task.name == own.get("name") else None)
+            for task in tasks
+        },
         share_prefixes=options.share_prefixes == "true",
-        seed=options.seed,
+        seed=trained.get("seed", 0) if options.seed is None else options.seed,
         records=options.records,
         deepspeed=options.deepspeed,
         ddp_timeout=options.ddp_timeout,
@@ -162,10 +175,14 @@ def listed(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
-def tasks_of(options: argparse.Namespace, harness: bool) -> tuple[TaskConfig, ...]:
-    """The tasks that are asked for, with their settings: those of the run for its own task."""
-    recipe = Path(options.subject) / "config.yaml"
-    own = load_yaml(recipe)[0].get("task", {}) if recipe.is_file() else {}
+def settings_of_run(subject: str) -> dict[str, Any]:
+    """The configuration of a run, checked; {} where the subject is none."""
+    recipe = Path(subject) / "config.yaml"
+    return build_config(*load_yaml(recipe), {}).model_dump(mode="json") if recipe.is_file() else {}
+
+
+def tasks_of(options: argparse.Namespace, own: dict[str, Any], harness: bool) -> tuple[TaskConfig, ...]:
+    """The tasks that are asked for, with their settings: those of the run, `own`, for its own task."""
     names = listed(options.tasks or ("" if harness else own.get("name", "")))
     if not names and not harness:
         raise ConfigError(f"--tasks is needed: {options.subject} is no run directory whose task could be taken")
@@ -185,10 +202,11 @@ def tasks_of(options: argparse.Namespace, harness: bool) -> tuple[TaskConfig, ..
 
 
 def folder_of(data_dir: Path | None, task: str) -> Path | None:
-    """The folder of a task's files, there or one folder deeper, in any case; None where there is none."""
+    """The folder of a task's files, there or one folder deeper, in any spelling; None where there is none."""
     if data_dir is None:
         return None
     if not data_dir.is_dir():
         raise ConfigError(f"--data_dir {data_dir} is no folder: give one that holds a folder per task")
     folders = [*sorted(data_dir.iterdir()), *sorted(data_dir.glob("*/*"))]
-    return next((path for path in folders if path.is_dir() and path.name.lower() == task), None)
+    wanted = "drop" if task == "drop_few_shot" else task
+    return next((path for path in folders if path.is_dir() and re.sub(r"\W", "", path.name.lower()) == wanted), None)

@@ -82,6 +82,23 @@ def evaluate(
         return {split: score(split, examples) for split, examples in splits.items() if split != "train"}
 
 
+@contextmanager
+def explaining_memory(rows: int, length: int) -> Iterator[None]:
+    """Turns running out of an accelerator's memory into one line.
+
+    Raises:
+        ConfigError: it did.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise ConfigError(
+            f"an evaluation ran out of memory on {rows} rows of {length} tokens: lower training.eval_batch_size (--batch_size"
+            " of launch/evaluate.py), or cut the model up by --deepspeed ds_configs/zero3.json"
+            f" ({' '.join(str(error).split())[:200]})"
+        ) from error
+
+
 def check_layout(model: nn.Module, layout: Layout, device: torch.device) -> None:
     """Try rows that sequences share: none may see another, and each must be as in a row of its own.
 
@@ -187,7 +204,8 @@ def losses(
         chosen = [examples[at] for at in members]
         gold = [example.gold[0] for example in chosen]
         batch = collate([example.candidates for example in chosen], gold, layout).to(processes.device)
-        log_probabilities = token_log_probabilities(model, batch).double()
+        with explaining_memory(*batch.input_ids.shape):
+            log_probabilities = token_log_probabilities(model, batch).double()
         scores = mean_log_probabilities(log_probabilities, batch)
         of_sequences = log_probabilities.new_zeros(sum(batch.candidates))
         totals = of_sequences.index_add(0, batch.token_sequence, log_probabilities).split(batch.candidates)
@@ -217,7 +235,8 @@ def answered(
     tokens = torch.zeros(len(examples), generation.max_new_tokens, dtype=torch.int64, device=processes.device)
     values: dict[int, dict[str, float]] = {}
     for mine, counts in in_turn(members, processes, poll):
-        answers = generator([examples[at] for at in mine], mine)
+        with explaining_memory(len(mine), max(len(examples[at].prompt) for at in mine) + generation.max_new_tokens):
+            answers = generator([examples[at] for at in mine], mine)
         for at, answer in zip(mine, answers, strict=True):
             if counts:
                 tokens[at, : len(answer)] = torch.tensor(answer, device=tokens.device) + 1  # 0: none

@@ -6,8 +6,8 @@ import json
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,9 @@ from transformers.utils.logging import disable_progress_bar
 from lorasc_ds import models, run_directory
 from lorasc_ds.data import Layout
 from lorasc_ds.encoding import EncodedExample, Encoder
+from lorasc_ds.errors import ConfigError
 from lorasc_ds.evaluate_options import EvaluateOptions
 from lorasc_ds.evaluation import Record, check_layout, evaluate
-from lorasc_ds.exporter import appearing_whole
 from lorasc_ds.generation import Generator
 from lorasc_ds.reports import shown
 from lorasc_ds.sharding import Processes, detect, failing_together, speaking_once_per_node, start
@@ -45,6 +45,8 @@ class EncodedTask:
     def remarks(self) -> list[str]:
         """What is to be known of the scores, a line each."""
         lines = list(self.task.notes)
+        if self.encoder.left_out:
+            lines.append(f"{self.encoder.left_out} rows are left out: cut to length, nothing in them is scored")
         if self.encoder.truncated:
             lines.append(f"{self.encoder.truncated} sequences were too long and are cut")
         if self.encoder.shots_left_out:
@@ -120,7 +122,7 @@ def evaluate_all(options: EvaluateOptions) -> None:
     """Score what is asked for; print a table and write `summary.json`.
 
     Raises:
-        RunError, LedgerError: in one line; no folder is left behind.
+        RunError, LedgerError: in one line; what was finished before is in the folder, which says `complete: false`.
     """
     if not sys.stderr.isatty():
         disable_progress_bar()
@@ -139,7 +141,7 @@ def evaluate_all(options: EvaluateOptions) -> None:
     processes = Processes(launch.rank, launch.world_size, accelerator.device)
     with (
         failing_together(launch.rank, launch.world_size, lambda message, code: None),
-        appearing_whole(options.output_dir) if processes.main else nullcontext() as folder,
+        results_in(options.output_dir) if processes.main else nullcontext() as folder,
     ):
         if processes.main:
             print(f"subject   {subject.description}, {subject.model.dtype}, {launch.world_size} processes", flush=True)
@@ -149,12 +151,15 @@ def evaluate_all(options: EvaluateOptions) -> None:
         records: list[str] | None = [] if options.records else None
         synced = launch.stage == 3
         scorer = Scorer(options, engine, model, tokenizer, processes, layout, synced, records)
-        found = {one.config.name: told(one, scorer.score(one), processes.main) for one in tasks}
         theirs = harness_scores(scorer) if options.harness.tasks else {}
+        summary = {**described(subject, options, launch.world_size, launch.stage), "harness": theirs, "tasks": {}}
+        for one in tasks:
+            summary["tasks"][one.config.name] = told(one, scorer.score(one), processes.main)
+            if folder is not None:  # a later task may fail
+                write(folder, summary, records)
         if folder is not None:
-            summary = {**described(subject, options, launch.world_size, launch.stage), "tasks": found}
-            write(folder, summary | ({"harness": theirs} if theirs else {}), records)
-            print(table(found, theirs))
+            write(folder, summary | {"complete": True}, records)
+            print(table(summary["tasks"], theirs))
             print(f"written   {options.output_dir}")
     accelerator.end_training()
 
@@ -189,12 +194,17 @@ def encoded(
 ) -> EncodedTask:
     """Read a task and tokenise the splits that are scored."""
     task = load_task(config, options.seed, options.splits)
-    chosen = [split for split in options.splits if split in task.splits] or task.evaluation_splits
+    chosen = [split for split in options.splits if split in task.splits]
+    if not chosen and options.splits == ("test",):  # files of one's own have no split of that name
+        chosen = task.evaluation_splits
+    if not chosen:
+        known = ", ".join(task.evaluation_splits) or "dev or test"
+        raise ConfigError(f"--splits {','.join(options.splits)}: task {task.name} has no such split; give {known}")
     splits = {split: limited(task.splits[split], options.limit) for split in chosen}
     encoder = Encoder(
         tokenizer,
         replace(task, splits=splits),
-        max_length=options.max_length,
+        max_length=options.max_lengths[config.name],
         model_limit=models.longest_sequence(shape),
         vocabulary_size=models.vocabulary_size(shape),
         block_size=config.block_size if isinstance(config, TextConfig) else None,
@@ -236,7 +246,26 @@ def described(subject: Subject, options: EvaluateOptions, world_size: int, stage
         "world_size": world_size,
         "zero_stage": stage,
         "environment": run_directory.environment(),
+        "complete": False,
     }
+
+
+@contextmanager
+def results_in(directory: Path) -> Iterator[Path]:
+    """A new folder for the results; gone again where an error comes before the first of them.
+
+    Raises:
+        ConfigError: it cannot be made.
+    """
+    try:
+        directory.mkdir(parents=True)
+    except OSError as error:
+        raise ConfigError(f"--output_dir {directory}: {error.strerror}; give a folder that can be made") from error
+    try:
+        yield directory
+    finally:
+        if not any(directory.iterdir()):
+            directory.rmdir()
 
 
 def write(folder: Path, summary: dict[str, Any], records: list[str] | None) -> None:

@@ -67,7 +67,7 @@ def base_of(adapter: Path) -> str:
     """The model that an adapter says it belongs to."""
     try:
         name = json.loads((adapter / "adapter_config.json").read_text()).get("base_model_name_or_path")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, AttributeError) as error:
         raise ConfigError(f"{adapter / 'adapter_config.json'} cannot be read: {error}; give a whole adapter") from error
     if not name:
         raise ConfigError(f"{adapter / 'adapter_config.json'} names no base model: give --base")

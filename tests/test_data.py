@@ -122,6 +122,14 @@ def test_a_tokenizer_that_closes_every_text_does_not_move_the_answer(digits_toke
     assert closing.decode(block.target.ids) == "<s> a b </s> <s> c </s>"
 
 
+def test_a_tokenizer_that_opens_with_what_ends_loses_no_token(digits_tokenizer: PreTrainedTokenizerBase) -> None:
+    """OPT's </s> is both."""
+    opening = copy.deepcopy(digits_tokenizer)
+    opening._tokenizer.post_processor = TemplateProcessing(single="</s> $A", special_tokens=[("</s>", 1)])
+    (encoded,) = encoder(opening).encode_answers([question()])
+    assert [opening.decode(c.ids) for c in encoded.candidates] == ["</s> a b c = 1", "</s> a b c = 2 3"]
+
+
 @pytest.mark.parametrize("pad", [30, 31])
 def test_a_pad_token_that_the_model_lacks_is_not_used(digits_tokenizer: PreTrainedTokenizerBase, pad: int) -> None:
     """A tokenizer with an added [PAD] and a model that was not resized for it."""

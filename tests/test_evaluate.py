@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from lorasc_ds import export
 from lorasc_ds.evaluate import main
+from lorasc_ds.evaluate_options import folder_of, parse
 from lorasc_ds.train import main as train
 
 Command = Callable[..., tuple[int, str, str]]
@@ -201,7 +202,53 @@ def test_a_pretrained_model_learns_real_rows_and_is_exported_and_scored(
         assert scores == pytest.approx(summary["eval"][split], abs=1e-5)
 
 
+def test_a_run_is_scored_on_its_own_draw_and_length(stories: Path, shared_data: Path, tmp_path: Path) -> None:
+    """Of dev another seed would draw training rows."""
+    recipe = tmp_path / "run" / "config.yaml"
+    recipe.parent.mkdir()
+    rte = f"{{name: rte, data_dir: {shared_data / 'superglue' / 'RTE'}}}"
+    recipe.write_text(f"task: {rte}\ntraining: {{seed: 2, max_length: 300}}\n")
+    options = parse([str(recipe.parent), "--tasks=rte,cb", f"--output_dir={tmp_path / 'out'}"])
+    assert (options.seed, options.max_lengths) == (2, {"rte": 300, "cb": None})
+    given = ["--seed=0", "--max_length=200"]
+    options = parse([str(recipe.parent), "--tasks=rte", *given, f"--output_dir={tmp_path / 'out'}"])
+    assert (options.seed, options.max_lengths) == (0, {"rte": 200})
+
+
+def test_what_was_scored_before_an_error_stays(
+    evaluated: Command, stories: Path, shared_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def out_of_memory(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr("lorasc_ds.generation.Generator.__call__", out_of_memory)
+    flags = [
+        str(stories),
+        "--tasks=copa,squad",
+        "--limit=2",
+        f"--data_dir={shared_data}",
+        f"--output_dir={tmp_path / 'out'}",
+    ]
+    code, _, errors = evaluated(*flags)
+    assert (code, len(errors.splitlines())) == (2, 1)
+    assert "an evaluation ran out of memory on 2 rows of" in errors
+    assert "--batch_size" in errors
+    assert list(metrics_of(tmp_path / "out")) == ["copa"]
+    assert not summary_of(tmp_path / "out")["complete"]
+
+
+def test_release_folders_are_found_in_any_spelling(tmp_path: Path) -> None:
+    for name in ("SST-2", "glue/RTE", "drop", "BoolQ.txt"):
+        (tmp_path / name).mkdir(parents=True)
+    found = {task: folder_of(tmp_path, task) for task in ("sst2", "rte", "drop", "drop_few_shot", "boolq")}
+    expected = {"sst2": "SST-2", "rte": "glue/RTE", "drop": "drop", "drop_few_shot": "drop"}
+    assert found == {task: tmp_path / name for task, name in expected.items()} | {"boolq": None}
+
+
 BAD = {
+    "unknown split": (["MODEL", "--tasks=rte", "--splits=tst", "--rte.data_dir=DATA/superglue/RTE"], "--splits tst: task rte has no such split; give dev or test"),
+    "training split": (["MODEL", "--tasks=rte", "--splits=train"], "--splits train: name splits that are scored"),
+    "run that is none": (["BROKEN"], "task is 3"),
     "no task": (["MODEL"], "--tasks is needed: MODEL is no run directory whose task could be taken"),
     "unknown task": (["MODEL", "--tasks=rt"], "--tasks rt: no such task; one of digits, text, sst2,"),
     "unknown flag": (["MODEL", "--tasks=rte", "--rte.dta_dir=x"], "unknown argument --rte.dta_dir=x; did you mean --rte.data_dir?"),
@@ -221,6 +268,9 @@ def test_a_bad_command_is_one_line_and_leaves_nothing(
     evaluated: Command, stories: Path, shared_data: Path, tmp_path: Path, case: str
 ) -> None:
     arguments, message = BAD[case]
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "config.yaml").write_text("task: 3")
+    arguments = [one.replace("BROKEN", str(tmp_path / "broken")) for one in arguments]
     placed = [one.replace("MODEL", str(stories)).replace("DATA", str(shared_data)) for one in arguments]
     code, _, errors = evaluated(*placed, f"--output_dir={tmp_path / 'out'}")
     assert code == 2

@@ -93,8 +93,8 @@ def explaining_memory(rows: int, length: int) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         raise ConfigError(
-            f"an evaluation ran out of memory on {rows} rows of {length} tokens: lower training.eval_batch_size (--batch_size"
-            " of launch/evaluate.py), or cut the model up by --deepspeed ds_configs/zero3.json"
+            f"an evaluation ran out of memory on {rows} rows of {length} tokens: lower training.eval_batch_size"
+            " (--batch_size of launch/evaluate.py), or cut the model up by --deepspeed ds_configs/zero3.json"
             f" ({' '.join(str(error).split())[:200]})"
         ) from error
 

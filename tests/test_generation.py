@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import Start
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from lorasc_ds.data import Layout
@@ -152,3 +153,24 @@ def test_answers_are_scored_and_recorded_by_example_and_group(stories: Stories) 
         model, macro, {"test": examples}, batch_size=2, layout=Layout(0), processes=ALONE, generator=generator
     )
     assert scores["test"]["exact_match"] == 0.25
+
+
+def test_answers_generated_in_a_run_leave_it_as_it_is(run: Start, shared_data: Path) -> None:
+    """With dropout and answers at every epoch or only at the end: the same weights to the bit."""
+    settings = {
+        "model.name_or_path": shared_data / "models" / "stories260K",
+        "task.name": "gsm8k",
+        "task.data_dir": shared_data / "gsm8k",
+        "task.shots": 0,
+        "task.max_new_tokens": 8,
+        "task.train_examples": 4,
+        "task.dev_examples": 2,
+        "task.test_examples": 2,
+        "adapter.dropout": 0.2,
+        "training.epochs": 2,
+    }
+    often, seldom = (run(**settings, **{"training.evaluate": evaluate}) for evaluate in ("epoch", "end"))
+    assert len(often.metrics("eval")) == len(seldom.metrics("eval")) + 1
+    assert often.summary["weights_sha256"] == seldom.summary["weights_sha256"]
+    assert often.summary["eval"] == seldom.summary["eval"]
+    assert set(often.summary["eval"]["test"]) == {"exact_match", "loss"}

@@ -193,7 +193,12 @@ def test_drop_in_its_original_form(shared_data: Path, tmp_path: Path) -> None:
         (tmp_path / f"drop_dataset_{name}.json").write_bytes(fixture.read_bytes())
     task = load("drop", data_dir=str(tmp_path), train_examples=9, dev_examples=10)
     assert sizes(task) == (9, 10, 19)
-    answers = {e.id.partition(":1.")[2]: e.references for e in task.splits["test"]}
+    lines = fixture.read_text().split("\n")
+    answers = {}
+    for example in task.splits["test"]:
+        line, _, place = example.id.rpartition(".json:")[2].partition(".")
+        assert f'"{place.partition(".")[0]}": {{' in lines[int(line) - 1]
+        answers[place] = example.references
     pairs = {
         f"{key}.qa_pairs[{at}]": pair
         for key, section in json.loads(fixture.read_text()).items()
@@ -283,6 +288,18 @@ def test_a_bad_row_of_a_release_is_named(
     with pytest.raises(DataError, match=message) as caught:
         load(name, splits=("train", "dev"), data_dir=str(tmp_path), **ONE)
     assert "\n" not in str(caught.value)
+
+
+def test_a_bad_row_of_many_lines_is_named_by_where_it_begins(tmp_path: Path) -> None:
+    good = {"title": "a", "paragraphs": []}
+    content = {"data": [good, {"title": "a", "paragraphs": [{"context": "b"}]}], "version": "1.1"}
+    (tmp_path / "train-v1.1.json").write_text(json.dumps(content, indent=1))
+    with pytest.raises(DataError, match=r"json:7\.data\[1\]\.paragraphs\[0\]: .* 'qas'"):
+        load("squad", splits=("train", "dev"), data_dir=str(tmp_path), **ONE)
+    sections = {"nfl_1": {"passage": "p", "qa_pairs": []}, "nfl_2": {"passage": "p"}}
+    (tmp_path / "drop_dataset_train.json").write_text(json.dumps(sections, indent=1))
+    with pytest.raises(DataError, match=r"json:6\.nfl_2: .* 'qa_pairs'"):
+        load("drop", splits=("train", "dev"), data_dir=str(tmp_path), **ONE)
 
 
 def test_a_prompt_of_drop_of_another_form_is_named(release: Release, tmp_path: Path) -> None:

@@ -148,6 +148,23 @@ def test_record_in_the_form_of_superglue(shared_data: Path) -> None:
     assert golden.texts[golden.gold[0]].endswith("the best thing was that Olimpija Ljubljana made it difficult.")
 
 
+def test_record_with_answers_that_are_no_entities(release: Release, tmp_path: Path) -> None:
+    def row(answer: str) -> dict[str, Any]:
+        passage = {"text": "Rome beat Paris.", "entities": [{"start": 0, "end": 3}, {"start": 10, "end": 14}]}
+        return {"passage": passage, "qas": [{"query": "@placeholder won", "answers": [{"text": answer}]}]}
+
+    release("train.jsonl", [row("Rome"), row("Rome"), row("Rome")])
+    release("val.jsonl", [row("Rome"), row("Berlin"), row("Oslo")])
+    task = load("record", data_dir=str(tmp_path), train_examples=2, dev_examples=1)
+    assert sizes(task) == (2, 1, 3)
+    assert [note for note in task.notes if "is no entity" in note] == [
+        "the first answer of 2 of 3 rows of test is no entity: the loss is that of its sentence, and to choose it is"
+        " wrong"
+    ]
+    golds = {example.id.rpartition(":")[2]: example.gold for example in task.splits["test"]}
+    assert golds == {"1.qas[0]": (1,), "2.qas[0]": (-1,), "3.qas[0]": (-1,)}
+
+
 def test_both_forms_of_boolq(release: Release, tmp_path: Path, shared_data: Path) -> None:
     row = {"question": "do cats sleep", "title": "Cat", "answer": False, "passage": "Cats sleep a lot."}
     for name in ("train.jsonl", "dev.jsonl"):

@@ -229,6 +229,9 @@ def test_bbh_prompt(tmp_path: Path) -> None:
     (tmp_path / "navigate.json").write_text(json.dumps({"examples": [*BBH_ROWS, {"input": "x"}]}))
     with pytest.raises(DataError, match=r"navigate\.json:1\.examples\[5\]: the row needs field 'target'"):
         load_task(BbhConfig(name="bbh", data_dir=str(tmp_path)), seed=0)
+    (tmp_path / "navigate.json").write_text(json.dumps({"examples": [*BBH_ROWS, {"input": "x"}]}, indent=1))
+    with pytest.raises(DataError, match=r"navigate\.json:23\.examples\[5\]: the row needs field 'target'"):
+        load_task(BbhConfig(name="bbh", data_dir=str(tmp_path)), seed=0)
 
 
 def test_bbh_from_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:

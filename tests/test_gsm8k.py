@@ -157,8 +157,21 @@ def test_the_run_says_which_variant(shared_data: Path) -> None:
         "8 demonstrations, mode direct, when an answer is generated; none in the loss",
         "demonstrations begin with `Quesion:`, as in open-instruct",
         "trained on answers as released, and an answer ends at an empty line",
-        "test is 1319 questions: all; group subset is open-instruct's 200",
+        "test is 1319 questions: all; group subset is the 200 of open-instruct",
     )
+
+
+def test_the_run_says_what_is_left_of_the_questions(shared_data: Path, tmp_path: Path) -> None:
+    assert load(shared_data, test_examples=200).notes[-1] == "test is 200 questions: the 200 of open-instruct"
+    assert (
+        load(shared_data, test_examples=50).notes[-1] == "test is 50 questions: the first of the 200 of open-instruct"
+    )
+    assert load(shared_data, test_examples=50, questions="full").notes[-1] == (
+        "test is 50 questions: the first of 1319; group subset is from the 200 of open-instruct"
+    )
+    (tmp_path / "test.jsonl").write_text(json.dumps({"question": "How many?", "answer": "Two.\n#### 2"}))
+    few = load_task(Gsm8kConfig(name="gsm8k", data_dir=str(tmp_path)), 0, ("test",))
+    assert few.notes[-1] == "test is 1 questions: 1 of 1 rows, drawn as open-instruct draws 200 of 1319"
 
 
 @pytest.mark.parametrize("answer", ["It is 5.", "It is 5.\n####  \n"])

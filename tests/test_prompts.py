@@ -9,15 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import TypeAdapter
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from lorasc_ds.data import Layout
 from lorasc_ds.encoding import Encoder
 from lorasc_ds.errors import DataError
+from lorasc_ds.evaluation import evaluate
+from lorasc_ds.sharding import Processes
 from lorasc_ds.task_config import TaskConfig
-from lorasc_ds.tasks import Example, load_task
+from lorasc_ds.tasks import Example, Task, load_task
 from lorasc_ds.tasks.answers import ANSWERS, GENERATION
 from lorasc_ds.tasks.choices import CHOICES
 from lorasc_ds.tasks.rows import Row
@@ -153,6 +157,45 @@ def test_record_on_any_texts(passage: str, query: str, entities: list[str], data
     assert [entities[at] for at in example.gold] == answers, "the first is trained on"
 
 
+@pytest.mark.parametrize(("answers", "right"), [(["C"], ()), (["B", "C"], (0,)), (["A", "B"], (1,))])
+@pytest.mark.parametrize("loss", ["lm", "classification"])
+def test_an_answer_that_is_no_entity_is_trained_on_and_never_right(
+    shared_data: Path, answers: list[str], right: tuple[int, ...], loss: Any
+) -> None:
+    entities = sorted({"B", "D"} if "A" not in answers else {"0", "B"})
+    row = Row("x:1", {"passage": "p", "query": "@placeholder is", "entities": entities, "answers": answers})
+    example = EXAMPLE["record"](row)
+    no_entity = answers[0] not in entities
+    assert example.texts[example.gold[0]] == f"p\n- {answers[0]} is"
+    assert list(example.texts[: len(entities)]) == [f"p\n- {entity} is" for entity in entities]
+    assert tuple(at for at in range(len(example.texts)) if at in example.gold) == right
+    assert len(example.texts) == len(entities) + no_entity
+
+    folder = shared_data / "models" / "stories260K"
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    task = Task("record", "candidates", loss, {"test": [example]}, headline="accuracy")
+    encoder = Encoder(
+        AutoTokenizer.from_pretrained(folder), task, max_length=None, model_limit=512, vocabulary_size=512
+    )
+    (encoded,) = encoder.encode_examples([example])
+    count = len(encoded.candidates)
+
+    def scores(gold: tuple[int, ...]) -> dict[str, float]:
+        return evaluate(
+            model,
+            task,
+            {"test": [replace(encoded, gold=gold)]},
+            batch_size=8,
+            layout=Layout(encoder.pad_id, share_prefixes=True),
+            processes=Processes(0, 1, torch.device("cpu")),
+        )["test"]
+
+    found, trained_on = scores(encoded.gold), encoded.gold[0] % count
+    (chosen,) = [at for at in range(count) if scores((at,))["accuracy"]]
+    assert found["loss"] == scores((trained_on,))["loss"]
+    assert found["accuracy"] == (chosen in right)
+
+
 @settings(max_examples=60, deadline=None)
 @given(ROWS, st.lists(TEXT, min_size=1, max_size=3))
 def test_questions_with_an_answer_in_words(fields: dict[str, str], answers: list[str]) -> None:
@@ -177,7 +220,6 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("boolq", {"passage": "a", "question": "b"}, "'answer', one of False, True"),
     ("copa", {"premise": "a", "question": "why", "label": 0}, "'question', one of cause, effect"),
     ("record", {"passage": "a", "query": "b", "entities": [], "answers": []}, "'entities', a list of one or more"),
-    ("record", {"passage": "a", "query": "b", "entities": ["x"], "answers": ["y"]}, r"none of .*\['y'\] is an entity"),
     (
         "squad",
         {"title": "a", "context": "b", "question": "c", "answers": {"text": []}},

@@ -148,6 +148,23 @@ def test_record_in_the_form_of_superglue(shared_data: Path) -> None:
     assert golden.texts[golden.gold[0]].endswith("the best thing was that Olimpija Ljubljana made it difficult.")
 
 
+def test_record_with_answers_that_are_no_entities(release: Release, tmp_path: Path) -> None:
+    def row(answer: str) -> dict[str, Any]:
+        passage = {"text": "Rome beat Paris.", "entities": [{"start": 0, "end": 3}, {"start": 10, "end": 14}]}
+        return {"passage": passage, "qas": [{"query": "@placeholder won", "answers": [{"text": answer}]}]}
+
+    release("train.jsonl", [row("Rome"), row("Rome"), row("Rome")])
+    release("val.jsonl", [row("Rome"), row("Berlin"), row("Oslo")])
+    task = load("record", data_dir=str(tmp_path), train_examples=2, dev_examples=1)
+    assert sizes(task) == (2, 1, 3)
+    assert [note for note in task.notes if "is no entity" in note] == [
+        "the first answer of 2 of 3 rows of test is no entity: the loss is that of its sentence, and to choose it is"
+        " wrong"
+    ]
+    golds = {example.id.rpartition(":")[2]: example.gold for example in task.splits["test"]}
+    assert golds == {"1.qas[0]": (1,), "2.qas[0]": (-1,), "3.qas[0]": (-1,)}
+
+
 def test_both_forms_of_boolq(release: Release, tmp_path: Path, shared_data: Path) -> None:
     row = {"question": "do cats sleep", "title": "Cat", "answer": False, "passage": "Cats sleep a lot."}
     for name in ("train.jsonl", "dev.jsonl"):
@@ -193,7 +210,12 @@ def test_drop_in_its_original_form(shared_data: Path, tmp_path: Path) -> None:
         (tmp_path / f"drop_dataset_{name}.json").write_bytes(fixture.read_bytes())
     task = load("drop", data_dir=str(tmp_path), train_examples=9, dev_examples=10)
     assert sizes(task) == (9, 10, 19)
-    answers = {e.id.partition(":1.")[2]: e.references for e in task.splits["test"]}
+    lines = fixture.read_text().split("\n")
+    answers = {}
+    for example in task.splits["test"]:
+        line, _, place = example.id.rpartition(".json:")[2].partition(".")
+        assert f'"{place.partition(".")[0]}": {{' in lines[int(line) - 1]
+        answers[place] = example.references
     pairs = {
         f"{key}.qa_pairs[{at}]": pair
         for key, section in json.loads(fixture.read_text()).items()
@@ -283,6 +305,18 @@ def test_a_bad_row_of_a_release_is_named(
     with pytest.raises(DataError, match=message) as caught:
         load(name, splits=("train", "dev"), data_dir=str(tmp_path), **ONE)
     assert "\n" not in str(caught.value)
+
+
+def test_a_bad_row_of_many_lines_is_named_by_where_it_begins(tmp_path: Path) -> None:
+    good = {"title": "a", "paragraphs": []}
+    content = {"data": [good, {"title": "a", "paragraphs": [{"context": "b"}]}], "version": "1.1"}
+    (tmp_path / "train-v1.1.json").write_text(json.dumps(content, indent=1))
+    with pytest.raises(DataError, match=r"json:7\.data\[1\]\.paragraphs\[0\]: .* 'qas'"):
+        load("squad", splits=("train", "dev"), data_dir=str(tmp_path), **ONE)
+    sections = {"nfl_1": {"passage": "p", "qa_pairs": []}, "nfl_2": {"passage": "p"}}
+    (tmp_path / "drop_dataset_train.json").write_text(json.dumps(sections, indent=1))
+    with pytest.raises(DataError, match=r"json:6\.nfl_2: .* 'qa_pairs'"):
+        load("drop", splits=("train", "dev"), data_dir=str(tmp_path), **ONE)
 
 
 def test_a_prompt_of_drop_of_another_form_is_named(release: Release, tmp_path: Path) -> None:

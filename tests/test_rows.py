@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lorasc_ds.errors import DataError
-from lorasc_ds.tasks.rows import Row, hub_rows, local_file, read_json, read_rows, read_table
+from lorasc_ds.tasks.rows import Row, hub_rows, local_file, read_json, read_rows, read_table, read_under
 
 Write = Callable[[str, str], Path]
 
@@ -118,6 +118,30 @@ def test_a_field_of_another_kind_is_named(ask: Callable[[], object], message: st
     with pytest.raises(DataError, match=message) as caught:
         ask()
     assert "\n" not in str(caught.value)
+
+
+UNDER = '\n{"x": [\n1], "a": [{"b": "]\\n,"\n},\n\n{"b": ["}"]}\n, {}],\n"y": {"a": \n[2]}}'
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+def test_rows_under_a_name_know_their_lines(write: Write, indent: int | None) -> None:
+    path = write("a.json.gz", UNDER)
+    fields = [{"b": "]\n,"}, {"b": ["}"]}, {}]
+    assert read_under(path, "key", "a") == [
+        Row(f"{path}:{line}.a[{at}]", fields[at]) for at, line in enumerate((3, 6, 7))
+    ]
+    content = {"one": {"b": ["c"]}, "two\n": {"b": [{"d": []}]}, "three": {}}
+    path = write("b.json", json.dumps(content, indent=indent))
+    lines = (1, 1, 1) if indent is None else (2, 7, 14)
+    assert read_under(path, "key") == [
+        Row(f"{path}:{line}.{name}", content[name]) for name, line in zip(content, lines, strict=True)
+    ]
+    path = write("c.json", '{"a": [{}],\n"b": {},\n"a": [\n{},\n{}]}')
+    assert [row.id for row in read_under(path, "key", "a")] == [f"{path}:4.a[0]", f"{path}:5.a[1]"], "the last counts"
+    path = write("d.json", '{"a": [], "b": {}}')
+    assert read_under(path, "key", "a") == []
+    with pytest.raises(DataError, match=r"d\.json:1: the row needs field 'b', a list of objects, got \{\}"):
+        read_under(path, "key", "b")
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from pathlib import Path
 from lorasc_ds.tasks.base import Example, Generation, Task
 from lorasc_ds.tasks.metrics import exact_match, f1
 from lorasc_ds.tasks.mezo import DATA_DIR, MAX_LENGTH, Released, Request, Source, draw, question, with_fields
-from lorasc_ds.tasks.rows import Row, object_row, read_json, read_rows
+from lorasc_ds.tasks.rows import Row, read_rows, read_under
 
 
 def score(answer: str, example: Example) -> dict[str, float]:
@@ -35,7 +35,7 @@ def squad(row: Row) -> Example:
 def read_squad(path: Path, split: str) -> Released:
     """Version 1.1: a row per question of a paragraph of an article."""
     rows = []
-    for article in object_row(f"{path}:1", read_json(path, DATA_DIR)).rows("data"):
+    for article in read_under(path, DATA_DIR, "data"):
         for paragraph in article.rows("paragraphs"):
             common = {"title": article.text("title"), "context": paragraph.text("context")}
             for asked in paragraph.rows("qas"):
@@ -62,10 +62,8 @@ def read_sections(path: Path, split: str) -> Released:
     them. A question without an answer, or with one that is of two kinds, is left out, as on the
     hub (9 of the training split, 1 of validation).
     """
-    sections = object_row(f"{path}:1", read_json(path, DATA_DIR))
     rows, left_out = [], 0
-    for key in sections.fields:
-        section = sections.row(key)
+    for section in read_under(path, DATA_DIR):
         for asked in section.rows("qa_pairs"):
             validated = split != "train" and "validated_answers" in asked.fields
             answers = asked.rows("validated_answers") if validated else [asked.row("answer")]

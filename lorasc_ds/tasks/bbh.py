@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lorasc_ds.tasks.base import Example, Task
 from lorasc_ds.tasks.few_shot import check_subjects, few_shot, of_all, shot
-from lorasc_ds.tasks.rows import Row, hub_rows, local_file, object_row, read_json
+from lorasc_ds.tasks.rows import Row, hub_rows, local_file, read_under
 
 SHOTS = 3
 SUBJECTS = (
@@ -55,7 +55,7 @@ def examples(subject: str, rows: Sequence[Row]) -> list[Example]:
 
 
 def read(path: Path) -> list[Row]:
-    return object_row(f"{path}:1", read_json(path, "task.data_dir")).rows("examples")
+    return read_under(path, "task.data_dir", "examples")
 
 
 def released(data_dir: str, subjects: Sequence[str] | None) -> dict[str, list[Row]]:

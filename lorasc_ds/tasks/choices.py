@@ -72,11 +72,19 @@ def choices(name: str, loss: Loss | None, request: Request) -> Task:
     notes = [*drawn.notes, *choice.notes]
     if loss not in (None, choice.loss):
         notes.append(f"loss {loss} in place of MeZO's {choice.loss}")
+    splits = drawn.examples(choice.example)
+    for split, examples in splits.items():
+        added = sum(passages.UNCHOSEN in example.gold for example in examples)
+        if added:
+            notes.append(
+                f"the first answer of {added} of {len(examples)} rows of {split} is no entity: the loss is that of"
+                " its sentence, and to choose it is wrong"
+            )
     return Task(
         name=name,
         kind="candidates",
         loss=loss or choice.loss,
-        splits=drawn.examples(choice.example),
+        splits=splits,
         headline="accuracy",
         notes=tuple(notes),
         max_length=MAX_LENGTH,

@@ -15,6 +15,7 @@ from lorasc_ds.tasks.rows import Row
 
 SOURCE = Source("openai/gsm8k", "main", ("train.jsonl",), ("test.jsonl",), test_split="test")
 SUBSET = 200  # of the test questions, drawn with seed 42
+RELEASED = 1319  # test questions
 HEADER = "Answer the following questions.\n\n"
 NUMBER = re.compile(r"[-+]?\d*\.\d+|\d+")
 ENDS = {"line": "\n", "raw": "\n\n"}  # of an answer, by what is trained on
@@ -73,16 +74,25 @@ def subset(count: int) -> list[int]:
     return random.Random(42).sample(range(count), min(SUBSET, count))
 
 
-def questions_to_test(request: Request, questions: str, target: str) -> list[Example]:
-    """In the order of the sample; or all in that of the file, the sample a group of its own."""
+def questions_to_test(request: Request, questions: str, target: str) -> tuple[list[Example], str]:
+    """In the order of the sample; or all in that of the file, the sample a group of its own. And which they are."""
     rows, *_ = public_split(SOURCE, request, "test")
     chosen = subset(len(rows))
+    sample = f"the {SUBSET} of open-instruct"
+    if len(rows) != RELEASED:
+        sample = f"{len(chosen)} of {len(rows)} rows, drawn as open-instruct draws {SUBSET} of {RELEASED}"
     if questions == "subset":
         found = [example(rows[at], target) for at in chosen]
     else:
         groups = ["subset" if at in set(chosen) else "rest" for at in range(len(rows))]
         found = [replace(example(row, target), group=group) for row, group in zip(rows, groups, strict=True)]
-    return found[: request.test_examples]
+    kept = found[: request.test_examples]
+    cut = len(kept) < len(found)
+    if questions == "subset":
+        of = f"the first of {sample}" if cut else sample
+    else:
+        of = f"the first of {len(found)}; group subset is from {sample}" if cut else f"all; group subset is {sample}"
+    return kept, f"test is {len(kept)} questions: {of}"
 
 
 def gsm8k(
@@ -104,8 +114,10 @@ def gsm8k(
     splits: dict[str, Sequence[Example]] = {
         split: [example(row, target) for row in rows] for split, rows in drawn.splits.items()
     }
+    of_test = []
     if "test" in request.splits:
-        splits["test"] = questions_to_test(request, questions, target)
+        splits["test"], note = questions_to_test(request, questions, target)
+        of_test.append(note)
     for split in {"dev", "test"} & set(splits):
         header = HEADER if shots else ""
         splits[split] = [replace(one, header=header, shots=demonstrations) for one in splits[split]]
@@ -114,16 +126,13 @@ def gsm8k(
         notes.append("demonstrations begin with `Quesion:`, as in open-instruct")
     if target == "raw":
         notes.append("trained on answers as released, and an answer ends at an empty line")
-    if "test" in splits:
-        of = "the 200 of open-instruct" if questions == "subset" else "all; group subset is open-instruct's 200"
-        notes.append(f"test is {len(splits['test'])} questions: {of}")
     return Task(
         name="gsm8k",
         kind="generation",
         loss="lm",
         splits=splits,
         headline="exact_match",
-        notes=tuple(notes),
+        notes=(*notes, *of_test),
         generation=Generation(max_new_tokens=max_new_tokens, score=score, stop=(ENDS[target],)),
         max_length=MAX_LENGTH,
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lorasc_ds.errors import DataError
 from lorasc_ds.tasks.base import Example
 from lorasc_ds.tasks.mezo import BOOLEAN, DATA_DIR, Released, labelled, question, with_fields
 from lorasc_ds.tasks.rows import Row, read_rows
@@ -50,13 +49,21 @@ def read_multirc(path: Path, split: str) -> Released:
     return pairs, ()
 
 
+UNCHOSEN = -1  # the last candidate, as the loss finds it; the number of the one that is chosen never equals it
+
+
 def record(row: Row) -> Example:
-    """One candidate per entity: the whole sentence that it fills. Trained on is the alphabetically first answer."""
+    """One candidate per entity: the whole sentence that it fills. Trained on is the alphabetically first answer.
+
+    Where that is no entity it is one more candidate, the last: the loss is its own as in MeZO, and choosing it is
+    wrong, as is every choice where no answer is an entity.
+    """
     passage = row.text("passage").replace("@highlight\n", "- ")
     entities, query = row.texts("entities"), row.text("query")
-    gold = [entities.index(answer) for answer in row.texts("answers") if answer in entities]
-    if not gold:
-        raise DataError(f"{row.id}: none of the answers {row.fields['answers']} is an entity; mend the row")
+    answers = row.texts("answers")
+    gold = [entities.index(answer) for answer in answers if answer in entities]
+    if answers[0] not in entities:
+        entities, gold = (*entities, answers[0]), [UNCHOSEN, *gold]
     texts = [f"{passage}\n- {query.replace('@placeholder', entity)}" for entity in entities]
     return question(row, f"{passage}\n-", texts, gold)
 

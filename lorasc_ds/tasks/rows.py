@@ -169,23 +169,64 @@ def object_row(where: str, value: Any) -> Row:
     return Row(where, value)
 
 
+SPACE = re.compile(r"[ \t\r\n,:]*")  # between the parts of JSON
+
+
+def members(text: str, at: int = 0, line: int = 1) -> dict[str | int, tuple[int, int]]:
+    """Where each value of a list or object begins, by its index or key: the place in the text, and the line.
+
+    Args:
+        text: of valid JSON.
+        at, line: where the list or object begins; space may be before it.
+    """
+
+    def after_space(at: int) -> int:
+        found = SPACE.match(text, at)
+        return found.end() if found else at
+
+    counted, begin, decoder = at, after_space(at), json.JSONDecoder()
+    at, named = after_space(begin + 1), text[begin] == "{"
+    places: dict[str | int, tuple[int, int]] = {}
+    while text[at] not in "]}":
+        name: str | int = len(places)
+        if named:
+            name, at = decoder.raw_decode(text, at)
+            at = after_space(at)
+        line += text.count("\n", counted, at)
+        counted, places[name] = at, (at, line)
+        at = after_space(decoder.raw_decode(text, at)[1])
+    return places
+
+
 def read_list(path: Path, key: str) -> list[Row]:
     """The objects of a list in a `.json` file, each with the line at which it begins."""
     text = read_file(path, key)
     values = parse_json(text, path)
     if not isinstance(values, list):
         raise DataError(f"{path}:1: a list of rows is needed, got {short(repr(values), 80)}")
-    rows, decoder, at, line = [], json.JSONDecoder(), text.index("[") + 1, 1
-    line += text.count("\n", 0, at)
-    for value in values:
-        begin = at
-        while text[begin] in " \t\r\n,":
-            begin += 1
-        line += text.count("\n", at, begin)
-        rows.append(object_row(f"{path}:{line}", value))
-        _, at = decoder.raw_decode(text, begin)
-        line += text.count("\n", begin, at)
-    return rows
+    return [object_row(f"{path}:{line}", one) for one, (_, line) in zip(values, members(text).values(), strict=True)]
+
+
+def read_under(path: Path, key: str, name: str | None = None) -> list[Row]:
+    """The objects in the list under a name of the object in a `.json` file, each with the line at which it begins.
+
+    Args:
+        key: the setting that names the file, for errors.
+        name: None: the object's own values, which are objects.
+
+    Raises:
+        DataError: the file cannot be read, or is of another form.
+    """
+    text = read_file(path, key)
+    top = object_row(f"{path}:1", parse_json(text, path))
+    rows = [top.row(one) for one in top.fields] if name is None else top.rows(name)
+    places = members(text)
+    if name is not None:
+        places = members(text, *places[name])
+    lines = [line for _, line in places.values()]
+    return [
+        Row(f"{path}:{line}{row.id.removeprefix(top.id)}", row.fields) for line, row in zip(lines, rows, strict=True)
+    ]
 
 
 def read_rows(path: Path, key: str) -> list[Row]:

@@ -50,6 +50,7 @@ class Settings:
 
 
 def main(settings: Settings) -> None:
+    os.umask(0o022)  # whoever the program runs as is to read the room
     if settings.room is not None:
         furnish(settings.room, settings)
         child = os.fork()

@@ -107,6 +107,17 @@ def test_other_ways_to_fail(program: str, message: str) -> None:
     assert Sandbox("none").run(program, 10) == Outcome("failed", message)
 
 
+def test_the_umask_of_the_user_does_not_matter(shut: Sandbox) -> None:
+    before = os.umask(0o077)
+    try:
+        assert (
+            shut.run("import os, subprocess; subprocess.run(['/bin/true'], stdin=subprocess.DEVNULL)", 10).result
+            == "passed"
+        )
+    finally:
+        os.umask(before)
+
+
 def test_the_clock_stops_it(box: Sandbox) -> None:
     begun = time.monotonic()
     assert box.run("while True: pass", 0.3) == Outcome("timed out", "after 0.3 s")

@@ -2,8 +2,8 @@
 
     python -I -S confine.py SETTINGS
 
-A byte on standard output says that the program begins; it has then neither that output nor any capability. Nothing but
-the standard library is imported: where this runs the package may be out of sight.
+A byte on standard output says that the program begins; it keeps that output and no capability. Nothing but the
+standard library is imported: where this runs the package may be out of sight.
 """
 
 from __future__ import annotations
@@ -71,7 +71,6 @@ def main(settings: Settings) -> None:
     libc.prctl(NO_NEW_PRIVILEGES, 1, 0, 0, 0)
     libc.prctl(PARENT_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)
     os.write(1, b"\n")
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     os.execv(settings.command[0], settings.command)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import select
 import shutil
 import signal
@@ -21,8 +22,18 @@ from lorasc_ds.errors import ConfigError, RunError
 
 Kind = Literal["unshare", "bwrap", "none"]
 
-REACHED_THE_END = 64  # exit code: nothing else counts, not even `exit(0)`
-RUN = f"import os, runpy, sys; runpy.run_path(sys.argv[1]); os._exit({REACHED_THE_END})"
+# Repeats at the program's end, and not otherwise, the secret of this run, which is read before the program begins. No
+# exit code or output stands for it. The program shares the process, though: one that searches the interpreter's frames
+# or memory finds it. That takes intent; no wrapper inside the process can rule it out.
+RUN = """
+def run():
+    import os, runpy, sys
+    secret, end = os.read(0, 64), os.dup(1)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    runpy.run_path(sys.argv[1])
+    os.write(end, secret)
+    os._exit(0)
+run()"""
 LIMITS = {
     "AS": 4 << 30,  # bytes of address space
     "CORE": 0,
@@ -91,23 +102,35 @@ class Sandbox:
             raise SandboxError(f"the sandbox {self.kind} does not start: {last or 'without a word'}")
         if code == "timed out":
             return Outcome("timed out", f"after {timeout:g} s")
-        return Outcome("passed") if code == REACHED_THE_END else Outcome("failed", last or f"exit code {code}")
+        return Outcome("passed") if code == "passed" else Outcome("failed", last or f"exit code {code}")
 
-    def exit_code(self, folder: Path, stderr: int, timeout: float) -> int | Literal["no start", "timed out"]:
-        process = subprocess.Popen(
-            self.command(folder, timeout),
-            cwd=folder / "room",
-            env=environment(str(folder / "room") if self.kind == "none" else WORK),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=stderr,
-            start_new_session=True,
-            bufsize=0,
-        )
+    def exit_code(self, folder: Path, stderr: int, timeout: float) -> int | Literal["passed", "no start", "timed out"]:
+        secret = secrets.token_bytes(32)
+        receives, sends = os.pipe()
+        try:
+            os.write(sends, secret)
+            os.close(sends)
+            process = subprocess.Popen(
+                self.command(folder, timeout),
+                cwd=folder / "room",
+                env=environment(str(folder / "room") if self.kind == "none" else WORK),
+                stdin=receives,
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                start_new_session=True,
+                bufsize=0,
+            )
+        finally:
+            os.close(receives)
         assert process.stdout is not None
         try:
             begun = select.select([process.stdout], [], [], START_SECONDS)[0] and process.stdout.read(1)
-            return process.wait(timeout) if begun else "no start"
+            if not begun:
+                return "no start"
+            code = process.wait(timeout)
+            os.set_blocking(process.stdout.fileno(), False)  # what the program left running may hold it open
+            said = process.stdout.read(1 << 16) or b""
+            return "passed" if code == 0 and secret in said else code
         except subprocess.TimeoutExpired:
             return "timed out"
         finally:

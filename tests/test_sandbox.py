@@ -96,6 +96,16 @@ def test_a_program_passes_if_it_reaches_its_end_and_not_otherwise(box: Sandbox) 
     ("program", "message"),
     [
         ("import os; os._exit(0)", "exit code 0"),
+        ("import os; os._exit(64)", "exit code 64"),
+        ("import os, time\nif os.fork(): os._exit(0)\ntime.sleep(60)", "exit code 0"),
+        (
+            "import os, sys; os.write(1, b'x' * 32); os.write(3, os.read(0, 64) or b'x' * 32); os._exit(0)",
+            "exit code 0",
+        ),
+        (
+            "import __main__, os; os.write(3, __main__.secret)",
+            "AttributeError: module '__main__' has no attribute 'secret'",
+        ),
         ("def f(:", "SyntaxError: invalid syntax"),
         ("\0", "SyntaxError: source code string cannot contain null bytes"),
         ("input()", "EOFError: EOF when reading a line"),

@@ -29,7 +29,8 @@ class Settings:
         command: the program, and its arguments.
         limits: of `resource`, by name without `RLIMIT_`, e.g. `{"CPU": 4}`; a lower one that is in force stays.
         user: to become, as group too; None: stay who one is.
-        room: folder that becomes `/`, in a mount namespace of one's own; None: the file system stays.
+        room: folder that is furnished and becomes `/`, in a mount namespace of one's own; None: the file system stays.
+        root: folder that is furnished already and becomes `/`; None: none is.
         visible: files and folders that are to be seen in the room, read-only, where they are outside too.
         files: others, by the path that they have in the room.
         work: the only folder that can be written to, in the room; it is gone afterwards.
@@ -40,6 +41,7 @@ class Settings:
     limits: dict[str, int]
     user: int | None
     room: str | None
+    root: str | None
     visible: list[str]
     files: dict[str, str]
     work: str
@@ -57,6 +59,9 @@ def main(settings: Settings) -> None:
         if child:  # the first process of its namespace: whatever the program started ends with it
             status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
             os._exit(status if status >= 0 else 128 - status)
+    if settings.root is not None:
+        os.chroot(settings.root)  # a process in a changed root cannot create a user namespace
+        os.chdir(settings.work)
     for name, value in settings.limits.items():
         kind = getattr(resource, f"RLIMIT_{name}")
         hard = resource.getrlimit(kind)[1]

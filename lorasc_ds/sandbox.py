@@ -13,6 +13,7 @@ import sys
 import tempfile
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from math import ceil
 from pathlib import Path
 from typing import Literal
@@ -45,6 +46,7 @@ WORK_BYTES = 64 << 20
 START_SECONDS = 60
 SYSTEM = ("/usr", "/bin", "/lib", "/lib32", "/lib64", "/nix/store", "/etc/ld.so.cache", "/dev/null", "/dev/urandom")
 WORK, PROGRAM, CONFINE = "/sandbox", "/sandbox.py", "/sandbox-confine.py"  # in a room of its own
+ROOM = "/sandbox-room"  # bubblewrap's second room, inside the first
 PROBE = """
 import os, socket
 def refused(action):
@@ -148,6 +150,7 @@ class Sandbox:
             limits=LIMITS | {"CPU": ceil(timeout) + 1},
             user=stranger() if root and self.kind != "none" else None,
             room=str(folder / "room") if self.kind == "unshare" else None,
+            root=ROOM if self.kind == "bwrap" and root else None,
             visible=visible(),
             files={PROGRAM: str(folder / "program.py")},
             work=WORK,
@@ -162,27 +165,37 @@ class Sandbox:
                 orphaned = [installed("setpriv"), "--pdeathsig", "KILL"]  # ends with this process, as bwrap does
                 return [*orphaned, installed("unshare"), *user, *spaces, *confined]
             case "bwrap":
-                user = ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"] if root else ["--unshare-user"]
+                needed = ("CAP_SETUID", "CAP_SETGID", "CAP_SYS_CHROOT")
+                user = [word for name in needed for word in ("--cap-add", name)] if root else shut_user()
                 spaces = ["--unshare-net", "--unshare-pid", "--unshare-ipc", "--unshare-uts", "--die-with-parent"]
                 return [installed("bwrap"), *user, *spaces, *furniture(settings), *confined]
             case "none":
                 return confined
 
 
+@cache
+def shut_user() -> list[str]:
+    """A user namespace, and no other inside it where bubblewrap is 0.8 or later."""
+    known = subprocess.run([installed("bwrap"), "--help"], capture_output=True, text=True).stdout
+    return ["--unshare-user", *(["--disable-userns"] if "--disable-userns" in known else [])]
+
+
 def furniture(settings: confine.Settings) -> list[str]:
-    """The room of `confine.furnish` in bubblewrap's words."""
-    files = settings.files | {CONFINE: confine.__file__}
-    parents = dict.fromkeys(str(parent) for path in settings.visible for parent in reversed(Path(path).parents))
-    words = [word for parent in parents if parent != "/" for word in ("--perms", "0755", "--dir", parent)]
-    for path in settings.visible:
-        if os.path.islink(path):
-            words += ["--symlink", os.readlink(path), path]
-        else:
-            words += ["--dev-bind" if path.startswith("/dev/") else "--ro-bind", path, path]
-    for path, source in files.items():
-        words += ["--ro-bind", source, path]
-    words += ["--perms", "1777", "--size", str(settings.work_bytes), "--tmpfs", settings.work]
-    return [*words, "--remount-ro", "/", "--chdir", settings.work]
+    """The room of `confine.furnish` in bubblewrap's words; with `settings.root` a second one, which is moved into."""
+    words = []
+    for room in ("", settings.root) if settings.root else ("",):
+        parents = dict.fromkeys(str(parent) for path in settings.visible for parent in reversed(Path(path).parents))
+        for parent in [room, *(room + parent for parent in parents if parent != "/")]:
+            words += ["--perms", "0755", "--dir", parent] if parent else []
+        for path in settings.visible:
+            if os.path.islink(path):
+                words += ["--symlink", os.readlink(path), room + path]
+            else:
+                words += ["--dev-bind" if path.startswith("/dev/") else "--ro-bind", path, room + path]
+        for path, source in settings.files.items():
+            words += ["--ro-bind", source, room + path]
+        words += ["--perms", "1777", "--size", str(settings.work_bytes), "--tmpfs", room + settings.work]
+    return [*words, "--ro-bind", confine.__file__, CONFINE, "--remount-ro", "/", "--chdir", settings.work]
 
 
 def environment(home: str) -> dict[str, str]:

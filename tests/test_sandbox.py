@@ -232,6 +232,13 @@ report([found, files, calls, libc.prctl(39, 0, 0, 0, 0)])
     assert told(shut, program) == [["/sandbox", "/sandbox"], [False, False], [-1] * 6, 1]  # 39: no new privileges
 
 
+ENTERS = "__import__('ctypes').CDLL(None).unshare(0x10000000)"  # a user namespace, in which it would have capabilities
+
+
+def test_no_user_namespace_can_be_entered(shut: Sandbox) -> None:
+    assert told(shut, f"report({ENTERS})") == -1
+
+
 @pytest.fixture
 def readable() -> Iterator[Path]:
     """A folder that every user can read."""
@@ -257,6 +264,7 @@ def test_a_user_without_rights_has_a_sandbox_too(kind: str, readable: Path) -> N
         "while True: __import__('os').fork()",
         "open('/x', 'w')",
         "__import__('os').chmod('/sandbox.py', 0)",
+        f"exit(str({ENTERS}))",
     ]
     script = f"from lorasc_ds.sandbox import choose; box = choose({kind!r}); [print(box.run(program, 5)) for program in {programs}]"
     done = subprocess.run(["/usr/bin/python3", "-c", script], user=61184, group=61184, extra_groups=[], cwd="/", env={"PYTHONPATH": str(readable), "PATH": os.environ["PATH"]}, capture_output=True, text=True)  # fmt: skip
@@ -267,6 +275,7 @@ def test_a_user_without_rights_has_a_sandbox_too(kind: str, readable: Path) -> N
     assert "Resource temporarily unavailable" in found[2]
     assert "Read-only file system" in found[3]
     assert "Read-only file system" in found[4]
+    assert found[5] == "'-1')"
 
 
 def test_a_sandbox_is_tried_before_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -88,8 +88,14 @@ class Sandbox:
         """Run a Python program to its end, or until `timeout` seconds after it began.
 
         Raises:
-            SandboxError: it does not begin.
+            SandboxError: it does not begin, twice.
         """
+        try:
+            return self.run_once(program, timeout)
+        except SandboxError:
+            return self.run_once(program, timeout)
+
+    def run_once(self, program: str, timeout: float) -> Outcome:
         with tempfile.TemporaryDirectory(prefix="lorasc-", ignore_cleanup_errors=True) as name:
             folder = Path(name).resolve()
             (folder / "room").mkdir()

@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -301,6 +302,21 @@ def test_a_sandbox_that_no_longer_starts_is_no_failure_of_the_program(monkeypatc
     monkeypatch.setattr(sandbox, "LIMITS", {"NO_SUCH": 1})
     with pytest.raises(SandboxError, match=r"does not start: AttributeError: .*RLIMIT_NO_SUCH"):
         Sandbox("none").run("", 5)
+
+
+def test_a_sandbox_that_does_not_start_is_tried_once_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    command, tries = Sandbox.command, []
+
+    def fails_at_first(self: Sandbox, *others: Any) -> list[str]:
+        tries.append(1)
+        return command(self, *others) if len(tries) % 3 == 0 else ["false"]
+
+    monkeypatch.setattr(Sandbox, "command", fails_at_first)
+    with pytest.raises(SandboxError, match="the sandbox none does not start: without a word"):
+        Sandbox("none").run("", 5)
+    tries.pop()
+    assert Sandbox("none").run("", 5) == Outcome("passed")
+    assert len(tries) == 3
 
 
 def test_auto_takes_the_first_that_holds(monkeypatch: pytest.MonkeyPatch) -> None:

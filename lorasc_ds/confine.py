@@ -2,8 +2,8 @@
 
     python -I -S confine.py SETTINGS
 
-A byte on standard output says that the program begins; it has then neither that output nor any capability. Nothing but
-the standard library is imported: where this runs the package may be out of sight.
+A byte on standard output says that the program begins; it keeps that output and no capability. Nothing but the
+standard library is imported: where this runs the package may be out of sight.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ class Settings:
         command: the program, and its arguments.
         limits: of `resource`, by name without `RLIMIT_`, e.g. `{"CPU": 4}`; a lower one that is in force stays.
         user: to become, as group too; None: stay who one is.
-        room: folder that becomes `/`, in a mount namespace of one's own; None: the file system stays.
+        room: folder that is furnished and becomes `/`, in a mount namespace of one's own; None: the file system stays.
+        root: folder that is furnished already and becomes `/`; None: none is.
         visible: files and folders that are to be seen in the room, read-only, where they are outside too.
         files: others, by the path that they have in the room.
         work: the only folder that can be written to, in the room; it is gone afterwards.
@@ -40,6 +41,7 @@ class Settings:
     limits: dict[str, int]
     user: int | None
     room: str | None
+    root: str | None
     visible: list[str]
     files: dict[str, str]
     work: str
@@ -50,12 +52,16 @@ class Settings:
 
 
 def main(settings: Settings) -> None:
+    os.umask(0o022)  # whoever the program runs as is to read the room
     if settings.room is not None:
         furnish(settings.room, settings)
         child = os.fork()
         if child:  # the first process of its namespace: whatever the program started ends with it
             status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
             os._exit(status if status >= 0 else 128 - status)
+    if settings.root is not None:
+        os.chroot(settings.root)  # a process in a changed root cannot create a user namespace
+        os.chdir(settings.work)
     for name, value in settings.limits.items():
         kind = getattr(resource, f"RLIMIT_{name}")
         hard = resource.getrlimit(kind)[1]
@@ -70,7 +76,6 @@ def main(settings: Settings) -> None:
     libc.prctl(NO_NEW_PRIVILEGES, 1, 0, 0, 0)
     libc.prctl(PARENT_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)
     os.write(1, b"\n")
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     os.execv(settings.command[0], settings.command)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import select
 import shutil
 import signal
@@ -12,6 +13,7 @@ import sys
 import tempfile
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from math import ceil
 from pathlib import Path
 from typing import Literal
@@ -21,8 +23,18 @@ from lorasc_ds.errors import ConfigError, RunError
 
 Kind = Literal["unshare", "bwrap", "none"]
 
-REACHED_THE_END = 64  # exit code: nothing else counts, not even `exit(0)`
-RUN = f"import os, runpy, sys; runpy.run_path(sys.argv[1]); os._exit({REACHED_THE_END})"
+# Repeats at the program's end, and not otherwise, the secret of this run, which is read before the program begins. No
+# exit code or output stands for it. The program shares the process, though: one that searches the interpreter's frames
+# or memory finds it. That takes intent; no wrapper inside the process can rule it out.
+RUN = """
+def run():
+    import os, runpy, sys
+    secret, end = os.read(0, 64), os.dup(1)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    runpy.run_path(sys.argv[1])
+    os.write(end, secret)
+    os._exit(0)
+run()"""
 LIMITS = {
     "AS": 4 << 30,  # bytes of address space
     "CORE": 0,
@@ -34,6 +46,7 @@ WORK_BYTES = 64 << 20
 START_SECONDS = 60
 SYSTEM = ("/usr", "/bin", "/lib", "/lib32", "/lib64", "/nix/store", "/etc/ld.so.cache", "/dev/null", "/dev/urandom")
 WORK, PROGRAM, CONFINE = "/sandbox", "/sandbox.py", "/sandbox-confine.py"  # in a room of its own
+ROOM = "/sandbox-room"  # bubblewrap's second room, inside the first
 PROBE = """
 import os, socket
 def refused(action):
@@ -75,8 +88,14 @@ class Sandbox:
         """Run a Python program to its end, or until `timeout` seconds after it began.
 
         Raises:
-            SandboxError: it does not begin.
+            SandboxError: it does not begin, twice.
         """
+        try:
+            return self.run_once(program, timeout)
+        except SandboxError:
+            return self.run_once(program, timeout)
+
+    def run_once(self, program: str, timeout: float) -> Outcome:
         with tempfile.TemporaryDirectory(prefix="lorasc-", ignore_cleanup_errors=True) as name:
             folder = Path(name).resolve()
             (folder / "room").mkdir()
@@ -91,23 +110,35 @@ class Sandbox:
             raise SandboxError(f"the sandbox {self.kind} does not start: {last or 'without a word'}")
         if code == "timed out":
             return Outcome("timed out", f"after {timeout:g} s")
-        return Outcome("passed") if code == REACHED_THE_END else Outcome("failed", last or f"exit code {code}")
+        return Outcome("passed") if code == "passed" else Outcome("failed", last or f"exit code {code}")
 
-    def exit_code(self, folder: Path, stderr: int, timeout: float) -> int | Literal["no start", "timed out"]:
-        process = subprocess.Popen(
-            self.command(folder, timeout),
-            cwd=folder / "room",
-            env=environment(str(folder / "room") if self.kind == "none" else WORK),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=stderr,
-            start_new_session=True,
-            bufsize=0,
-        )
+    def exit_code(self, folder: Path, stderr: int, timeout: float) -> int | Literal["passed", "no start", "timed out"]:
+        secret = secrets.token_bytes(32)
+        receives, sends = os.pipe()
+        try:
+            os.write(sends, secret)
+            os.close(sends)
+            process = subprocess.Popen(
+                self.command(folder, timeout),
+                cwd=folder / "room",
+                env=environment(str(folder / "room") if self.kind == "none" else WORK),
+                stdin=receives,
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                start_new_session=True,
+                bufsize=0,
+            )
+        finally:
+            os.close(receives)
         assert process.stdout is not None
         try:
             begun = select.select([process.stdout], [], [], START_SECONDS)[0] and process.stdout.read(1)
-            return process.wait(timeout) if begun else "no start"
+            if not begun:
+                return "no start"
+            code = process.wait(timeout)
+            os.set_blocking(process.stdout.fileno(), False)  # what the program left running may hold it open
+            said = process.stdout.read(1 << 16) or b""
+            return "passed" if code == 0 and secret in said else code
         except subprocess.TimeoutExpired:
             return "timed out"
         finally:
@@ -125,6 +156,7 @@ class Sandbox:
             limits=LIMITS | {"CPU": ceil(timeout) + 1},
             user=stranger() if root and self.kind != "none" else None,
             room=str(folder / "room") if self.kind == "unshare" else None,
+            root=ROOM if self.kind == "bwrap" and root else None,
             visible=visible(),
             files={PROGRAM: str(folder / "program.py")},
             work=WORK,
@@ -139,27 +171,37 @@ class Sandbox:
                 orphaned = [installed("setpriv"), "--pdeathsig", "KILL"]  # ends with this process, as bwrap does
                 return [*orphaned, installed("unshare"), *user, *spaces, *confined]
             case "bwrap":
-                user = ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"] if root else ["--unshare-user"]
+                needed = ("CAP_SETUID", "CAP_SETGID", "CAP_SYS_CHROOT")
+                user = [word for name in needed for word in ("--cap-add", name)] if root else shut_user()
                 spaces = ["--unshare-net", "--unshare-pid", "--unshare-ipc", "--unshare-uts", "--die-with-parent"]
                 return [installed("bwrap"), *user, *spaces, *furniture(settings), *confined]
             case "none":
                 return confined
 
 
+@cache
+def shut_user() -> list[str]:
+    """A user namespace, and no other inside it where bubblewrap is 0.8 or later."""
+    known = subprocess.run([installed("bwrap"), "--help"], capture_output=True, text=True).stdout
+    return ["--unshare-user", *(["--disable-userns"] if "--disable-userns" in known else [])]
+
+
 def furniture(settings: confine.Settings) -> list[str]:
-    """The room of `confine.furnish` in bubblewrap's words."""
-    files = settings.files | {CONFINE: confine.__file__}
-    parents = dict.fromkeys(str(parent) for path in settings.visible for parent in reversed(Path(path).parents))
-    words = [word for parent in parents if parent != "/" for word in ("--perms", "0755", "--dir", parent)]
-    for path in settings.visible:
-        if os.path.islink(path):
-            words += ["--symlink", os.readlink(path), path]
-        else:
-            words += ["--dev-bind" if path.startswith("/dev/") else "--ro-bind", path, path]
-    for path, source in files.items():
-        words += ["--ro-bind", source, path]
-    words += ["--perms", "1777", "--size", str(settings.work_bytes), "--tmpfs", settings.work]
-    return [*words, "--remount-ro", "/", "--chdir", settings.work]
+    """The room of `confine.furnish` in bubblewrap's words; with `settings.root` a second one, which is moved into."""
+    words = []
+    for room in ("", settings.root) if settings.root else ("",):
+        parents = dict.fromkeys(str(parent) for path in settings.visible for parent in reversed(Path(path).parents))
+        for parent in [room, *(room + parent for parent in parents if parent != "/")]:
+            words += ["--perms", "0755", "--dir", parent] if parent else []
+        for path in settings.visible:
+            if os.path.islink(path):
+                words += ["--symlink", os.readlink(path), room + path]
+            else:
+                words += ["--dev-bind" if path.startswith("/dev/") else "--ro-bind", path, room + path]
+        for path, source in settings.files.items():
+            words += ["--ro-bind", source, room + path]
+        words += ["--perms", "1777", "--size", str(settings.work_bytes), "--tmpfs", room + settings.work]
+    return [*words, "--ro-bind", confine.__file__, CONFINE, "--remount-ro", "/", "--chdir", settings.work]
 
 
 def environment(home: str) -> dict[str, str]:

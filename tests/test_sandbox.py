@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -96,6 +97,16 @@ def test_a_program_passes_if_it_reaches_its_end_and_not_otherwise(box: Sandbox) 
     ("program", "message"),
     [
         ("import os; os._exit(0)", "exit code 0"),
+        ("import os; os._exit(64)", "exit code 64"),
+        ("import os, time\nif os.fork(): os._exit(0)\ntime.sleep(60)", "exit code 0"),
+        (
+            "import os, sys; os.write(1, b'x' * 32); os.write(3, os.read(0, 64) or b'x' * 32); os._exit(0)",
+            "exit code 0",
+        ),
+        (
+            "import __main__, os; os.write(3, __main__.secret)",
+            "AttributeError: module '__main__' has no attribute 'secret'",
+        ),
         ("def f(:", "SyntaxError: invalid syntax"),
         ("\0", "SyntaxError: source code string cannot contain null bytes"),
         ("input()", "EOFError: EOF when reading a line"),
@@ -105,6 +116,17 @@ def test_a_program_passes_if_it_reaches_its_end_and_not_otherwise(box: Sandbox) 
 )
 def test_other_ways_to_fail(program: str, message: str) -> None:
     assert Sandbox("none").run(program, 10) == Outcome("failed", message)
+
+
+def test_the_umask_of_the_user_does_not_matter(shut: Sandbox) -> None:
+    before = os.umask(0o077)
+    try:
+        assert (
+            shut.run("import os, subprocess; subprocess.run(['/bin/true'], stdin=subprocess.DEVNULL)", 10).result
+            == "passed"
+        )
+    finally:
+        os.umask(before)
 
 
 def test_the_clock_stops_it(box: Sandbox) -> None:
@@ -211,6 +233,13 @@ report([found, files, calls, libc.prctl(39, 0, 0, 0, 0)])
     assert told(shut, program) == [["/sandbox", "/sandbox"], [False, False], [-1] * 6, 1]  # 39: no new privileges
 
 
+ENTERS = "__import__('ctypes').CDLL(None).unshare(0x10000000)"  # a user namespace, in which it would have capabilities
+
+
+def test_no_user_namespace_can_be_entered(shut: Sandbox) -> None:
+    assert told(shut, f"report({ENTERS})") == -1
+
+
 @pytest.fixture
 def readable() -> Iterator[Path]:
     """A folder that every user can read."""
@@ -236,6 +265,7 @@ def test_a_user_without_rights_has_a_sandbox_too(kind: str, readable: Path) -> N
         "while True: __import__('os').fork()",
         "open('/x', 'w')",
         "__import__('os').chmod('/sandbox.py', 0)",
+        f"exit(str({ENTERS}))",
     ]
     script = f"from lorasc_ds.sandbox import choose; box = choose({kind!r}); [print(box.run(program, 5)) for program in {programs}]"
     done = subprocess.run(["/usr/bin/python3", "-c", script], user=61184, group=61184, extra_groups=[], cwd="/", env={"PYTHONPATH": str(readable), "PATH": os.environ["PATH"]}, capture_output=True, text=True)  # fmt: skip
@@ -246,6 +276,7 @@ def test_a_user_without_rights_has_a_sandbox_too(kind: str, readable: Path) -> N
     assert "Resource temporarily unavailable" in found[2]
     assert "Read-only file system" in found[3]
     assert "Read-only file system" in found[4]
+    assert found[5] == "'-1')"
 
 
 def test_a_sandbox_is_tried_before_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -271,6 +302,21 @@ def test_a_sandbox_that_no_longer_starts_is_no_failure_of_the_program(monkeypatc
     monkeypatch.setattr(sandbox, "LIMITS", {"NO_SUCH": 1})
     with pytest.raises(SandboxError, match=r"does not start: AttributeError: .*RLIMIT_NO_SUCH"):
         Sandbox("none").run("", 5)
+
+
+def test_a_sandbox_that_does_not_start_is_tried_once_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    command, tries = Sandbox.command, []
+
+    def fails_at_first(self: Sandbox, *others: Any) -> list[str]:
+        tries.append(1)
+        return command(self, *others) if len(tries) % 3 == 0 else ["false"]
+
+    monkeypatch.setattr(Sandbox, "command", fails_at_first)
+    with pytest.raises(SandboxError, match="the sandbox none does not start: without a word"):
+        Sandbox("none").run("", 5)
+    tries.pop()
+    assert Sandbox("none").run("", 5) == Outcome("passed")
+    assert len(tries) == 3
 
 
 def test_auto_takes_the_first_that_holds(monkeypatch: pytest.MonkeyPatch) -> None:

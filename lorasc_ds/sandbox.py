@@ -152,7 +152,7 @@ class Sandbox:
         root = os.geteuid() == 0
         program = str(folder / "program.py") if self.kind == "none" else PROGRAM
         settings = confine.Settings(
-            command=[sys.executable, "-I", "-c", RUN, program],
+            command=[interpreter(), "-I", "-c", RUN, program],
             limits=LIMITS | {"CPU": ceil(timeout) + 1},
             user=stranger() if root and self.kind != "none" else None,
             room=str(folder / "room") if self.kind == "unshare" else None,
@@ -163,7 +163,7 @@ class Sandbox:
             work_bytes=WORK_BYTES,
         )
         file = CONFINE if self.kind == "bwrap" else confine.__file__
-        confined = [sys.executable, "-I", "-S", file, settings.to_json()]
+        confined = [interpreter(), "-I", "-S", file, settings.to_json()]
         match self.kind:
             case "unshare":
                 user = [] if root else ["--user", "--map-root-user"]
@@ -209,6 +209,12 @@ def environment(home: str) -> dict[str, str]:
     own = {"PATH": "/usr/bin:/bin", "HOME": home, "TMPDIR": home, "LANG": "C.UTF-8", "OMP_NUM_THREADS": "1"}
     libraries = os.environ.get("LD_LIBRARY_PATH")  # without it some Pythons do not start
     return own | ({"LD_LIBRARY_PATH": libraries} if libraries else {})
+
+
+def interpreter() -> str:
+    """This environment's Python; the one beneath it, where others may not enter: inside, a program is nobody."""
+    open_to_all = os.stat(sys.prefix).st_mode & 0o005 == 0o005
+    return sys.executable if open_to_all else os.path.realpath(sys.executable)
 
 
 def visible() -> list[str]:

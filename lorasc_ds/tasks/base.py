@@ -24,7 +24,8 @@ class Example:
         texts: prompt and answer together, one full text per candidate. Full texts, because an answer may
             sit inside the text (ReCoRD fills a placeholder) and because tokens may merge at the seam.
             Empty where nothing is trained on and no loss is wanted.
-        gold: indices into `texts` of the right answers; training uses the first.
+        gold: indices into `texts` of the right answers; training uses the first. A first one of -1 is the last text
+            and is trained on, but to choose it is not right: no candidate of the question is (ReCoRD).
         references: the right answers that a generated one is compared with.
         header, shots: what stands before the prompt where an answer is generated: a heading, and solved questions,
             of which the last are left out until the prompt fits.

@@ -9,6 +9,7 @@ from lorasc_ds.data import trees_of
 from lorasc_ds.encoding import EncodedExample
 from lorasc_ds.models import forward_parameters
 from lorasc_ds.preparation import Preparation
+from lorasc_ds.streaming import looked_at
 
 # One H100 SXM (NVIDIA's data sheet, dense): operations and bytes per second, and the share of them that LoRA reaches in
 # published measurements of 7B models; and what launching the kernels of a layer takes, whatever their size.
@@ -45,11 +46,13 @@ def tokens_of(examples: Sequence[EncodedExample], share_prefixes: bool) -> int:
 def training_tokens(preparation: Preparation) -> int:
     """Tokens of all optimizer steps, padding and recomputation not counted."""
     data = preparation.data
+    seen = looked_at(data.examples)
     if preparation.task.loss == "lm":
-        epoch = sum(len(example.target.ids) - 1 for example in data.examples)
+        tokens = sum(len(example.target.ids) - 1 for example in seen)
     else:
-        epoch = tokens_of(data.examples, data.layout.share_prefixes)
-    return round(epoch * preparation.plan.steps / data.steps_per_epoch)
+        tokens = tokens_of(seen, data.layout.share_prefixes)
+    epochs = preparation.plan.steps / data.steps_per_epoch
+    return round(epochs * tokens * len(data.examples) / len(seen))
 
 
 def scored_tokens(preparation: Preparation) -> int:

@@ -11,8 +11,10 @@ from conftest import RECIPE
 from lorasc_ds import models
 from lorasc_ds.cli import parse_command_line
 from lorasc_ds.dry_run import memory_lines, preview_lines
+from lorasc_ds.duration import duration_lines, seconds
 from lorasc_ds.encoded import ScoredTokens
 from lorasc_ds.memory import GIB, SHIPPED, memory_plan
+from lorasc_ds.models import forward_parameters
 from lorasc_ds.preparation import Preparation, prepare
 from lorasc_ds.preview import SHORTENED, marked, one_line
 from lorasc_ds.train import main
@@ -126,3 +128,15 @@ def test_long_texts_and_newlines_are_shown_on_one_line(shared_data: Path) -> Non
     assert "\\n" in shown
     assert " ... " in shown
     assert shown.endswith(f"[[ {tokenizer.decode(ids[-3:])}]]".replace("\n", "\\n"))
+
+
+def test_the_time_is_that_of_the_tokens() -> None:
+    """On the quickstart's model passes are so small that launching kernels takes all of it."""
+    preparation = prepared("--training.epochs=2")
+    (line,) = duration_lines(preparation)
+    read = 66  # of 67 tokens, the answer is not read
+    assert f"training 1 s ({2 * 12 * read:,} tokens), 3 evaluations 1 s ({(8 + 4 * 10) * read:,} tokens each)" in line
+    assert seconds(preparation, 10**9, 1) == pytest.approx(
+        2 * forward_parameters(preparation.shape) * 1e9 / (0.4 * 67e12)
+    )
+    assert seconds(preparation, 1, 1000) == 1000 * 4 * 5e-4

@@ -35,7 +35,7 @@ class Job:
     """`function` is MODULE:NAME; streams of process N are `log`.outN and `log`.errN; after `seconds` all are killed."""
 
     function: str
-    arguments: list[str]
+    arguments: list[Any]
     log: str
     seconds: float
     environments: list[dict[str, str]] = field(default_factory=lambda: [{}])

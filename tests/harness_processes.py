@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import torch
@@ -12,8 +11,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lorasc_ds.harness import score
 from lorasc_ds.sharding import Processes, detect, sharded_loading, start
 
-if __name__ == "__main__":
-    stories, folder = sys.argv[1], Path(sys.argv[2])
+
+def main(stories: str, directory: str) -> None:
+    folder = Path(directory)
     whole = AutoModelForCausalLM.from_pretrained(stories, dtype=torch.float32)  # before an engine would cut it up
     launch = detect(folder / "zero3.json")
     accelerator = start(launch, micro_batch_size=1, accumulation=1, max_grad_norm=None, timeout_seconds=60)

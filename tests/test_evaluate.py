@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 from conftest import RECIPE, ROOT, Start, flip
-from forking import free_port
+from forking import Job, group
+from forking import run as run_jobs
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from lorasc_ds import export
@@ -84,15 +82,14 @@ def test_real_rows_of_many_tasks(evaluated: Command, stories: Path, shared_data:
     assert all(isinstance(one["prediction"], str) for one in expected[12:])
 
 
-def launched(world_size: int, *arguments: str) -> None:
-    """The command as a launcher starts it."""
-    common = os.environ | {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    command = [sys.executable, "launch/evaluate.py", *arguments]
-    started = [
-        subprocess.Popen(command, cwd=ROOT, env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
-        for rank in range(world_size)
+def launched(folder: Path, *commands: list[str]) -> None:
+    """Each command on two processes, which a launcher would start."""
+    jobs = [
+        Job("lorasc_ds.evaluate:main", [arguments], str(folder / f"log{number}"), 240, group(2))
+        for number, arguments in enumerate(commands)
     ]
-    assert [process.wait(timeout=240) for process in started] == [0] * world_size
+    for ended in run_jobs(*jobs):
+        assert ended.codes == [0, 0], ended.err
 
 
 def test_two_processes_and_zero_3_give_what_one_does(
@@ -102,8 +99,8 @@ def test_two_processes_and_zero_3_give_what_one_does(
     flags = [str(stories), "--tasks=cb,squad", "--limit=7", "--max_length=300", "--records", "--batch_size=2"]
     flags += [f"--data_dir={shared_data}"]
     assert evaluated(*flags, f"--output_dir={tmp_path / 'alone'}")[0] == 0
-    launched(2, *flags, f"--output_dir={tmp_path / 'plain'}")
-    launched(2, *flags, f"--output_dir={tmp_path / 'zero3'}", "--deepspeed=ds_configs/zero3.json")
+    cut_up = [f"--output_dir={tmp_path / 'zero3'}", "--deepspeed=ds_configs/zero3.json"]
+    launched(tmp_path, [*flags, f"--output_dir={tmp_path / 'plain'}"], [*flags, *cut_up])
     assert records_of(tmp_path / "plain") == records_of(tmp_path / "alone")
     assert metrics_of(tmp_path / "plain") == metrics_of(tmp_path / "alone")
     for one, other in zip(records_of(tmp_path / "alone"), records_of(tmp_path / "zero3"), strict=True):
@@ -142,7 +139,8 @@ def test_a_run_on_two_cut_up_processes_is_its_ledger_s(evaluated: Command, run: 
     """ZeRO-3 with noise on every matrix: each shard gets its part of the replayed weights."""
     changed = {"cascade.strategy": "noisytune", "cascade.noise_on": "all", "cascade.noise_intensity": 0.5}
     run_dir = run(**changed).directory
-    launched(2, str(run_dir), "--expert=1", f"--output_dir={tmp_path / 'zero3'}", "--deepspeed=ds_configs/zero3.json")
+    cut_up = [f"--output_dir={tmp_path / 'zero3'}", "--deepspeed=ds_configs/zero3.json"]
+    launched(tmp_path, [str(run_dir), "--expert=1", *cut_up])
     assert evaluated(run_dir, "--expert=1", f"--output_dir={tmp_path / 'alone'}")[0] == 0
     alone = metrics_of(tmp_path / "alone")["digits"]
     for split, scores in metrics_of(tmp_path / "zero3")["digits"].items():

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import random
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +14,7 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT
+from forking import Job, group, run
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from lorasc_ds.data import Layout
@@ -259,19 +258,9 @@ def test_two_processes_score_as_one(scored: Callable[..., Any], folder: Path, sh
     engine = json.loads((ROOT / "ds_configs" / "zero3.json").read_text())
     engine["zero_optimization"]["stage3_param_persistence_threshold"] = 0  # or so small a model would stay whole
     (folder / "zero3.json").write_text(json.dumps(engine))
-    result = subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"),
-            *("tests/harness_processes.py", str(shared_data / "models" / "stories260K"), str(folder)),
-        ],
-        cwd=ROOT,
-        env=os.environ | {"DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
+    arguments = [str(shared_data / "models" / "stories260K"), str(folder)]
+    (ended,) = run(Job("harness_processes:main", arguments, str(folder / "log"), 200, group(2)))
+    assert ended.codes == [0, 0], ended.err
     first, second = (json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1))
     for case, questions in (("whole", 25), ("one question", 1), ("cut up", 9)):
         scores, records = first[case]

@@ -169,7 +169,8 @@ def files_of(task: str, data: Path, made: Path) -> list[str]:
         (made / "train.txt").write_text("Once upon a time there was a little dog. " * 400)
         return [f"--task.train_file={made / 'train.txt'}", "--task.block_size=32"]
     sizes = [f"--task.{split}_examples={count}" for split, count in (("train", 4), ("dev", 2), ("test", 2))]
-    return [f"--task.data_dir={folders.get(task, made)}", *sizes]
+    answers = ["--task.max_new_tokens=16"] if task == "gsm8k" else []
+    return [f"--task.data_dir={folders.get(task, made)}", *sizes, *answers]
 
 
 SHAPE = {"vocab_size": 512, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "head_dim": 8}

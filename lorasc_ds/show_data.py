@@ -6,6 +6,7 @@ No weight is loaded: the tokenizer and the model's configuration are enough.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
@@ -141,6 +142,8 @@ def main(arguments: Sequence[str], default_recipe: Path) -> int:
     except RunError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    except BrokenPipeError:  # `head`, for instance, has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except Exception:  # the last resort: a bug is shown whole and ends with code 1
         traceback.print_exc()
         return 1

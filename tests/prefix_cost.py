@@ -31,7 +31,7 @@ Encoded = tuple[Task, Sequence[EncodedExample]]
 
 def rows_of(name: str, data: Path, tokenizer: PreTrainedTokenizerBase) -> Encoded:
     """The test rows of a task, as tokens; of ReCoRD those with three candidates or more."""
-    task = load_task(ChoiceConfig(name=name, data_dir=str(data / ROWS[name])), 0, ("test",))  # type: ignore[arg-type]
+    task = load_task(ChoiceConfig(name=name, data_dir=str(data / ROWS[name])), 0, ("test",))
     encoder = Encoder(tokenizer, task, max_length=None, model_limit=4096, vocabulary_size=len(tokenizer))
     examples = encoder.encode()["test"]
     return task, [one for one in examples if name != "record" or len(one.candidates) > 2]
@@ -56,7 +56,7 @@ def seconds(model: LlamaForCausalLM, task: Task, examples: Sequence[EncodedExamp
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])  # type: ignore[union-attr]
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--examples", type=int, default=24, help="rows of each task (default: 24)")
     parser.add_argument("--rounds", type=int, default=5, help="turns of each way (default: 5)")
     options = parser.parse_args()

@@ -10,7 +10,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from lorasc_ds.task_config import DigitsConfig, Section, TrainableTask
+from lorasc_ds.section import Section
+from lorasc_ds.task_config import DigitsConfig, TrainableTask
 from lorasc_ds.training_config import TrainingConfig
 
 

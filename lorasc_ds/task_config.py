@@ -5,11 +5,9 @@ from __future__ import annotations
 from pathlib import PurePath
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-
-class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+from lorasc_ds.section import PublicData, Section
 
 
 def files_of(train_file: str | tuple[str, ...] | None) -> tuple[str, ...]:
@@ -63,17 +61,6 @@ class DigitsConfig(Section):
                 " 297 images that neither the base model nor the test has: lower one"
             )
         return self
-
-
-class PublicData(Section):
-    """A public data set: from the hub, or from the files of its original release."""
-
-    data_dir: str | None = Field(
-        default=None, description="Folder with the files of the original release; null: from the hub."
-    )
-    revision: str | None = Field(
-        default=None, description="Branch, tag or commit of the hub data set; null: the one the task names."
-    )
 
 
 class SampledData(PublicData):

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from lorasc_ds.task_config import Section
+from lorasc_ds.section import Section
 
 
 class TrainingConfig(Section):

@@ -16,11 +16,21 @@ OWNERS = {  # engine -> the places that may import it
     "lm_eval": ("harness.py",),
     "torch.distributed": ("sharding/",),
     "accelerate": ("sharding/", "train.py", "trainer.py", "subject.py"),
-    "pydantic": ("config.py", "task_config.py", "training_config.py", "cli.py", "show_data.py"),
+    "pydantic": (
+        "section.py",
+        "config.py",
+        "task_config.py",
+        "image_task_config.py",
+        "training_config.py",
+        "cli.py",
+        "show_data.py",
+    ),
 }
 FORBIDDEN = {  # place -> what it must not know
     "algorithm/": ("lorasc_ds.", "torch.distributed", "peft", "deepspeed", "accelerate", "transformers"),
-    "task_config.py": ("torch", "lorasc_ds."),
+    "section.py": ("torch", "lorasc_ds."),
+    "task_config.py": ("torch", "lorasc_ds.algorithm", "lorasc_ds.tasks", "lorasc_ds.errors"),
+    "image_task_config.py": ("torch", "lorasc_ds.algorithm", "lorasc_ds.tasks", "lorasc_ds.errors"),
     "training_config.py": ("torch", "lorasc_ds.algorithm", "lorasc_ds.tasks", "lorasc_ds.errors"),
     "config.py": ("torch", "lorasc_ds.algorithm", "lorasc_ds.tasks", "lorasc_ds.errors"),
     "tasks/": ("lorasc_ds.cascade", "lorasc_ds.algorithm", "lorasc_ds.adapters", "lorasc_ds.sharding", "torch"),

@@ -8,10 +8,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Protocol
 
 Scores = dict[str, dict[str, float]]  # split -> metric -> value
 Message = dict[str, str]  # of a chat: role and content
+
+
+class ImageSource(Protocol):
+    """Where an encoded image (JPEG, PNG, ...) is to be had; it goes to the processes that decode it."""
+
+    @property
+    def name(self) -> str:
+        """Says in errors and records which image it is: a path, or a data set and its row."""
+        ...
+
+    def read(self) -> bytes:
+        """The file as it is.
+
+        Raises:
+            OSError: it cannot be read.
+        """
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +49,8 @@ class Example:
         messages: a chat, in place of `prompt` and `texts`; the tokenizer's chat template makes the text.
         group: the subject, source or subset it belongs to; each is reported on its own.
         details: what else the score of an answer needs (HumanEval: its tests).
+        images: what the question is about: the image whose class is `gold` (kind `classes`), or those whose places in
+            the texts a placeholder marks.
     """
 
     id: str
@@ -44,6 +63,7 @@ class Example:
     messages: tuple[Message, ...] = ()
     group: str = ""
     details: Mapping[str, str] = field(default_factory=dict)
+    images: tuple[ImageSource, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,14 +87,41 @@ class Generation:
 
 
 @dataclass(frozen=True, slots=True)
+class Classes:
+    """What an image may show, and how the classifier is made (protocols section 6).
+
+    Args:
+        names: of all classes, in the order of the classifier's outputs, as a text encoder reads them.
+        templates: of the prompts that a class's prototype is the mean of; `{}` is the name.
+        subset: the classes that may be chosen on this task, by their index; `gold` counts in it. None: all.
+        head: `prototypes` of a text tower that are kept, `text`: the same made anew at every forward pass, so that a
+            text tower can be trained, or the `classifier` that belongs to the model; `auto`: prototypes where the
+            model has a text tower.
+        train_head: whether prototypes or the classifier are trained, outside the cascade.
+        crop_scale: share of the area that the random crop of a training image has, from and to; None: no random crop,
+            the geometry of an evaluation.
+        unreadable: what an image that cannot be decoded does: it is left out and counted (`skip`), or ends the run
+            (`refuse`).
+    """
+
+    names: tuple[str, ...]
+    templates: tuple[str, ...] = ("a photo of a {}.",)
+    subset: tuple[int, ...] | None = None
+    head: Literal["auto", "prototypes", "text", "classifier"] = "auto"
+    train_head: bool = False
+    crop_scale: tuple[float, float] | None = None
+    unreadable: Literal["skip", "refuse"] = "skip"
+
+
+@dataclass(frozen=True, slots=True)
 class Task:
     """Examples by split, and how they are trained on and scored.
 
     Args:
         name: as in `task.name`.
         kind: `candidates` (the answer of the highest mean log-probability is the prediction; accuracy), `generation`
-            (an answer is generated; the metrics of `generation`), `sequences` (every row by itself; perplexity) or
-            `documents` (rows end to end in blocks, every token scored; perplexity).
+            (an answer is generated; the metrics of `generation`), `sequences` (every row by itself; perplexity),
+            `documents` (rows end to end in blocks, every token scored; perplexity) or `classes` (of images; accuracy).
         loss: `lm`, cross-entropy over the answer's tokens, or `classification`, cross-entropy over the
             candidates with their mean log-probabilities as logits (MeZO's two modes).
         splits: `train`, `dev` (what selection looks at), then every split that is only reported. A benchmark has
@@ -90,10 +137,12 @@ class Task:
         mask_prompt: of kind `sequences`: whether the prompt, and what others than the assistant say in a chat, is left
             out of the loss.
         weights: shares of the groups in the training examples; None: as many as there are.
+        classes: of kind `classes`.
+        combine: metrics of a split made of its accuracy in every group, in place of their mean (ImageNet-C's).
     """
 
     name: str
-    kind: Literal["candidates", "generation", "sequences", "documents"]
+    kind: Literal["candidates", "generation", "sequences", "documents", "classes"]
     loss: Literal["lm", "classification"]
     splits: Mapping[str, Sequence[Example]]
     headline: str
@@ -105,6 +154,8 @@ class Task:
     ends: bool = False
     mask_prompt: bool = False
     weights: Mapping[str, float] | None = None
+    classes: Classes | None = None
+    combine: Callable[[Mapping[str, float]], dict[str, float]] | None = None
 
     @property
     def evaluation_splits(self) -> list[str]:

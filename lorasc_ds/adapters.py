@@ -10,6 +10,7 @@ import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -59,8 +60,8 @@ class AdaptedWeight:
 
 
 def matches(path: str, target: str) -> bool:
-    """PEFT's rule: the target is the module's path or a dotted end of it."""
-    return path == target or path.endswith(f".{target}")
+    """PEFT's rule: the target is the module's path or a dotted end of it; besides, `*` is any part of a path."""
+    return fnmatchcase(path, target) or fnmatchcase(path, f"*.{target}")
 
 
 def select_modules(model: nn.Module, target_modules: Sequence[str]) -> dict[str, nn.Linear]:

@@ -72,10 +72,6 @@ class Preprocessing:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
 
-    def __post_init__(self) -> None:
-        if self.crop is None and not isinstance(self.resize, tuple):
-            raise ValueError("neither crop nor resize gives all images one size")
-
     @property
     def size(self) -> tuple[int, int]:
         """Height and width of the result."""

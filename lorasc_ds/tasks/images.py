@@ -248,3 +248,12 @@ def entries_of(root: Path, folder: str, key: str, resolved: Path) -> Iterator[os
                 yield entry
     except OSError as error:
         raise DataError(f"{key} {str(root / folder)!r}: {error.strerror}; give a folder that can be read") from error
+
+
+def labels_of(examples: Sequence[Example]) -> list[int]:
+    """The class of every image, without making examples where that can be helped."""
+    return examples.labels.tolist() if isinstance(examples, LabelledImages) else [one.gold[0] for one in examples]
+
+
+def groups_of(examples: Sequence[Example]) -> list[str]:
+    return examples.groups if isinstance(examples, LabelledImages) else [one.group for one in examples]

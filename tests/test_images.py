@@ -9,6 +9,7 @@ import warnings
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -48,9 +49,10 @@ def stored(image: Image.Image, form: str = "PNG", **options: Any) -> StoredImage
 @pytest.fixture(scope="module")
 def photographs() -> dict[str, Image.Image]:
     """China and a flower, 640 x 427."""
-    import sklearn.datasets
-
-    folder = Path(sklearn.datasets.__file__).parent / "images"
+    found = find_spec("sklearn")  # not imported, which is slow
+    assert found is not None
+    assert found.origin is not None
+    folder = Path(found.origin).parent / "datasets" / "images"
     return {name: Image.open(folder / f"{name}.jpg").convert("RGB") for name in ("china", "flower")}
 
 

@@ -153,8 +153,16 @@ def test_images_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         rows = load_dataset(dataset, config, split=split, revision=revision)
         return rows.select(range(0, 20, 2)) if split == "train" else rows
 
+    def reversed_names(dataset: str, config: str | None, *, split: str, revision: str | None) -> datasets.Dataset:
+        rows = load_dataset(dataset, config, split=split, revision=revision)
+        names = ["dog", "cat"] if split == "train" else ["cat", "dog"]
+        return rows.cast_column("label", datasets.ClassLabel(names=names))
+
+    monkeypatch.setattr("datasets.load_dataset", reversed_names)
+    with pytest.raises(DataError, match="me/pets/test has 2 classes that are not the 2 of me/pets/train"):
+        load(own(dataset="me/pets"))
     monkeypatch.setattr("datasets.load_dataset", select)
-    with pytest.raises(DataError, match="me/pets/test has class 1, but there are 1 classes"):
+    with pytest.raises(DataError, match="me/pets/test has 2 classes that are not the 1 of me/pets/train"):
         load(own(dataset="me/pets"))
 
 

@@ -5,6 +5,7 @@ What is held of an image is its path and its label, some 50 bytes: ImageNet's 1.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,6 +20,7 @@ from lorasc_ds.errors import DataError
 from lorasc_ds.tasks.base import Example, ImageSource
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".gif")
+MAX_BYTES = 2**28  # 256 MiB: a file that is larger is not read
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +37,8 @@ class FileImage:
 
     def read(self) -> bytes:
         with open(self.path, "rb") as file:
+            if os.fstat(file.fileno()).st_size > MAX_BYTES:
+                raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), self.path)
             return file.read()
 
 

@@ -1,4 +1,4 @@
-"""The prompts that the authors of CLIP averaged over on ImageNet (protocols appendix C); `{}` is the class."""
+"""The prompts that CLIP's authors averaged over, in their order (protocols appendix C); `{}` is the class."""
 
 SIMPLE = ("a photo of a {}.",)
 OPENAI = (

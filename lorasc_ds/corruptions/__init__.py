@@ -10,9 +10,9 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from lorasc_ds.corruption_parameters import CIFAR, ELASTIC_SIDE, IMAGENET, NAMES, SEVERITIES, Parameters, is_small
 from lorasc_ds.corruptions import blur, digital, noise, weather
 from lorasc_ds.corruptions.levels import to_bytes
-from lorasc_ds.corruptions.parameters import CIFAR, ELASTIC_SIDE, IMAGENET, NAMES, SEVERITIES, Parameters, is_small
 
 __all__ = ["NAMES", "SEVERITIES", "corrupt"]
 

@@ -15,14 +15,12 @@ Levels = NDArray[np.float64]
 
 def defocus_blur(image: NDArray[np.uint8], settings: tuple[float, float], rng: Generator) -> Levels:
     """The image of a point is a disk; beyond its edge the picture is mirrored. No chance in it."""
-    from scipy.fft import irfft2, rfft2
-
     kernel = disk(*settings)
     reach = len(kernel) // 2
     padded = np.pad(image.astype(float), ((reach, reach), (reach, reach), (0, 0)), mode="reflect")
     size = padded.shape[:2]
-    spectrum = rfft2(padded, axes=(0, 1)) * rfft2(kernel, s=size)[..., None]
-    return irfft2(spectrum, s=size, axes=(0, 1))[2 * reach :, 2 * reach :]
+    spectrum = np.fft.rfft2(padded, axes=(0, 1)) * np.fft.rfft2(kernel, s=size)[..., None]
+    return np.fft.irfft2(spectrum, s=size, axes=(0, 1))[2 * reach :, 2 * reach :]
 
 
 def disk(radius: float, edge: float) -> Levels:
@@ -46,7 +44,7 @@ def glass_blur(image: NDArray[np.uint8], settings: tuple[float, int, int], rng: 
     sigma, reach, rounds = settings
     pixels = to_bytes(gaussian(image, sigma))
     for _ in range(rounds):
-        pixels = pixels.reshape(-1, 3)[scattered(*image.shape[:2], reach, rng)].reshape(image.shape)
+        pixels = pixels.reshape(-1, 3)[scattered(image.shape[0], image.shape[1], reach, rng)].reshape(image.shape)
     return gaussian(pixels, sigma)
 
 

@@ -78,4 +78,4 @@ def smooth_noise(height: int, width: int, sigma: float, rng: Generator) -> Level
     weights /= weights.sum()
     gain = [np.cos(np.pi / side * np.outer(np.arange(side), taps)) @ weights for side in (height, width)]
     noise = rng.uniform(-1, 1, (height, width))
-    return idctn(dctn(noise) * np.outer(*gain))
+    return np.asarray(idctn(np.asarray(dctn(noise)) * np.outer(*gain)))

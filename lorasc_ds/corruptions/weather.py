@@ -36,7 +36,7 @@ def frost(
     """A texture over the image: a random part of a random one of `textures` (h, w, 3); of none, made-up ice."""
     height, width = image.shape[:2]
     if textures:
-        texture = textures[rng.integers(len(textures))]
+        texture = textures[int(rng.integers(len(textures)))]
         texture = covering(texture, height, width, CIFAR_FROST if small else 1)
         top, left = (rng.integers(have - need + 1) for have, need in zip(texture.shape, (height, width), strict=False))
         layer = texture[top : top + height, left : left + width]

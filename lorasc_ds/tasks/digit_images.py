@@ -7,13 +7,14 @@ that, and on upright digits. The draw of train, dev and test and of wrong labels
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lorasc_ds.corruptions import corrupt
 from lorasc_ds.tasks.base import Classes, Example, Task
+from lorasc_ds.tasks.class_names import read_class_names, templates_of
 from lorasc_ds.tasks.digits import DOMAINS, Image, draw, load_images
 from lorasc_ds.tasks.images import StoredImage
 
@@ -73,8 +74,10 @@ def digit_images(
     dev_examples: int,
     test_examples: int,
     label_noise: float,
-    classes: Classes,
+    class_names: str | None,
+    templates: str | tuple[str, ...],
     seed: int,
+    **settings: Any,
 ) -> Task:
     """Adaptation from upright digits to `domain`.
 
@@ -82,8 +85,9 @@ def digit_images(
     CORRUPTIONS, the same at every call) and `old_domain` (upright: what was forgotten).
 
     Args:
-        classes: of the digits 0 to 9.
+        settings: of `Classes`.
     """
+    names = NAMES if class_names is None else read_class_names(class_names, len(NAMES))
     images, labels = load_images()
     drawn = draw(labels, train_examples, dev_examples, test_examples, label_noise, seed)
     (train, train_labels), (dev, dev_labels), (test, test_labels) = drawn
@@ -101,5 +105,5 @@ def digit_images(
             "new_domain_corrupted": corrupted("new_domain_corrupted", new_domain, test_labels),
             "old_domain": examples("old_domain", enlarged(images[test]), test_labels),
         },
-        classes=classes,
+        classes=Classes(names, templates_of(templates), **settings),
     )

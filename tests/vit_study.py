@@ -73,6 +73,12 @@ def spread(values: list[float]) -> str:
     return f"{100 * statistics.mean(values):.1f} ± {100 * statistics.stdev(values):.1f}"
 
 
+def on_dev(seeds: list[Scores]) -> tuple[float, float]:
+    """What a rate is chosen by: mean accuracy, then the lower mean loss."""
+    dev = [scores["dev"] for scores in seeds]
+    return statistics.mean(one["accuracy"] for one in dev), -statistics.mean(one["loss"] for one in dev)
+
+
 def table(condition: str, grid: dict[str, dict[float, list[Scores]]], before: Scores) -> list[str]:
     """
     Args:
@@ -82,7 +88,7 @@ def table(condition: str, grid: dict[str, dict[float, list[Scores]]], before: Sc
     untrained = [f"{100 * before[split]['accuracy']:.1f}" for split in ("dev", *SPLITS)]
     lines.append(f"| before | | {' | '.join(untrained)} |")
     for row, by_rate in grid.items():
-        rate, chosen = max(by_rate.items(), key=lambda one: statistics.mean(s["dev"]["accuracy"] for s in one[1]))
+        rate, chosen = max(by_rate.items(), key=lambda one: on_dev(one[1]))
         cells = [spread([scores[split]["accuracy"] for scores in chosen]) for split in ("dev", *SPLITS)]
         lines.append(f"| {row} | {rate:g} | {' | '.join(cells)} |")
     return [f"{condition}:", "", *lines, ""]

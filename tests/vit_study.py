@@ -24,16 +24,15 @@ ROWS = {  # of the paper's Table 3, and COLA
     "++ Slow LoRA": ("slow",),
     "+++ Noise Tuning": ("lorasc",),
 }
-RATES = (3e-4, 1e-3, 3e-3, 1e-2)
+RATES = (1e-3, 3e-3, 1e-2, 3e-2)
 CONDITIONS = {
-    "197 images, right labels": {"task.train_examples": 197, "task.label_noise": 0.0},
-    "100 images, 30 % wrong labels": {"task.train_examples": 100, "task.label_noise": 0.3},
+    "197 images, right labels": {"task.train_examples": 197, "task.label_noise": 0.0, "training.batch_size": 16},
+    "100 images, 30 % wrong labels": {"task.train_examples": 100, "task.label_noise": 0.3, "training.batch_size": 8},
 }
 SPLITS = {"new_domain": "new domain", "new_domain_corrupted": "corrupted", "old_domain": "old domain"}
 COMMON = {
     "task.dev_examples": 100,
     "training.epochs": 20,
-    "training.batch_size": 8,
     "training.evaluate": "end",
     "training.save_model": "false",
     "training.checkpoint_steps": "null",

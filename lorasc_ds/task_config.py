@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from lorasc_ds.image_task_config import ImageNetConfig, ImagesConfig
+from lorasc_ds.image_task_config import DigitImagesConfig, ImageNetConfig, ImagesConfig
 from lorasc_ds.section import PublicData, Section
 
 
@@ -215,6 +215,7 @@ TrainableTask = (
     | InstructionConfig
     | ImageNetConfig
     | ImagesConfig
+    | DigitImagesConfig
 )
 Benchmark = MmluConfig | BbhConfig | DropFewShotConfig | HumanEvalConfig
 TaskConfig = TrainableTask | Benchmark

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from lorasc_ds.image_task_config import ImageNetConfig, ImagesConfig
+from lorasc_ds.image_task_config import DigitImagesConfig, ImageNetConfig, ImagesConfig
 from lorasc_ds.task_config import (
     AnswerConfig,
     BbhConfig,
@@ -23,6 +23,7 @@ from lorasc_ds.tasks.answers import answers
 from lorasc_ds.tasks.base import Example, Generation, Message, Scores, Task
 from lorasc_ds.tasks.bbh import bbh
 from lorasc_ds.tasks.choices import choices
+from lorasc_ds.tasks.digit_images import digit_images
 from lorasc_ds.tasks.digits import digits
 from lorasc_ds.tasks.drop_few_shot import drop_few_shot
 from lorasc_ds.tasks.gsm8k import gsm8k
@@ -67,6 +68,8 @@ def load_task(config: TaskConfig, seed: int, splits: Collection[str] = ("train",
             return drop_few_shot(**config.model_dump(exclude={"name"}))
         case HumanEvalConfig():
             return humaneval(**config.model_dump(exclude={"name"}))
+        case DigitImagesConfig():
+            return digit_images(seed=seed, **config.model_dump(exclude={"name"}))
         case ImageNetConfig():
             return imagenet(splits, **config.model_dump(exclude={"name"}))
         case ImagesConfig():

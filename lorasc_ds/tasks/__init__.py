@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
+from lorasc_ds.image_task_config import CorruptedImagesConfig, RobustnessConfig
 from lorasc_ds.task_config import (
     AnswerConfig,
     BbhConfig,
@@ -29,6 +30,7 @@ from lorasc_ds.tasks.humaneval import humaneval
 from lorasc_ds.tasks.instructions import instructions
 from lorasc_ds.tasks.mezo import Request
 from lorasc_ds.tasks.mmlu import mmlu
+from lorasc_ds.tasks.robustness import corrupted_images, robustness
 from lorasc_ds.tasks.text import text
 
 __all__ = ["Example", "Generation", "Message", "Scores", "Task", "load_task"]
@@ -65,6 +67,10 @@ def load_task(config: TaskConfig, seed: int, splits: Collection[str] = ("train",
             return drop_few_shot(**config.model_dump(exclude={"name"}))
         case HumanEvalConfig():
             return humaneval(**config.model_dump(exclude={"name"}))
+        case RobustnessConfig():
+            return robustness(**config.model_dump())
+        case CorruptedImagesConfig():
+            return corrupted_images(**config.model_dump(exclude={"name"}))
 
 
 def requested(config: SampledData, seed: int, splits: Collection[str]) -> Request:

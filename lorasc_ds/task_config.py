@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from lorasc_ds.image_task_config import CorruptedImagesConfig, RobustnessConfig
+from lorasc_ds.image_task_config import CorruptedImagesConfig, ImageNetConfig, ImagesConfig, RobustnessConfig
 from lorasc_ds.section import PublicData, Section
 
 
@@ -206,6 +206,15 @@ class HumanEvalConfig(PublicData):
     )
 
 
-TrainableTask = DigitsConfig | TextConfig | ChoiceConfig | AnswerConfig | Gsm8kConfig | InstructionConfig
+TrainableTask = (
+    DigitsConfig
+    | TextConfig
+    | ChoiceConfig
+    | AnswerConfig
+    | Gsm8kConfig
+    | InstructionConfig
+    | ImageNetConfig
+    | ImagesConfig
+)
 Benchmark = MmluConfig | BbhConfig | DropFewShotConfig | HumanEvalConfig | RobustnessConfig | CorruptedImagesConfig
 TaskConfig = TrainableTask | Benchmark

@@ -231,6 +231,10 @@ def tasks_of(options: argparse.Namespace, own: dict[str, Any], harness: bool) ->
         given = {key: getattr(options, f"{name}.{key}") for key in known}
         texts = {key: text for one in (shared, given) for key, text in one.items() if text is not None}
         found.append(build_task(name, settings, texts))
+    if not any("class_names" in fields[task.name] for task in found):
+        for key in ("class_names", "templates"):
+            if getattr(options, key) is not None:
+                raise ConfigError(f"--{key} {getattr(options, key)}: none of the tasks is on images; leave it out")
     return tuple(found)
 
 

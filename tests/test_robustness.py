@@ -294,6 +294,9 @@ def test_settings_are_given_once(tmp_path: Path) -> None:
     assert (r.class_names, r.templates, r.head) == ("n.txt", "simple", "auto")
     assert (a.class_names, a.templates) == ("n.txt", "openai")
 
+    with pytest.raises(ConfigError, match="--templates simple: none of the tasks is on images"):
+        parse(["MODEL", "--tasks=rte", "--templates=simple", f"--output_dir={tmp_path / 'out'}"])
+
 
 def test_a_run_on_images_brings_its_settings(tmp_path: Path) -> None:
     """But not the names of its own classes where ImageNet's are scored."""

@@ -7,7 +7,13 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from lorasc_ds.image_task_config import DigitImagesConfig, ImageNetConfig, ImagesConfig
+from lorasc_ds.image_task_config import (
+    CorruptedImagesConfig,
+    DigitImagesConfig,
+    ImageNetConfig,
+    ImagesConfig,
+    RobustnessConfig,
+)
 from lorasc_ds.section import PublicData, Section
 
 
@@ -217,5 +223,5 @@ TrainableTask = (
     | ImagesConfig
     | DigitImagesConfig
 )
-Benchmark = MmluConfig | BbhConfig | DropFewShotConfig | HumanEvalConfig
+Benchmark = MmluConfig | BbhConfig | DropFewShotConfig | HumanEvalConfig | RobustnessConfig | CorruptedImagesConfig
 TaskConfig = TrainableTask | Benchmark

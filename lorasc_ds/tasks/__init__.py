@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from lorasc_ds.image_task_config import DigitImagesConfig, ImageNetConfig, ImagesConfig
+from lorasc_ds.image_task_config import (
+    CorruptedImagesConfig,
+    DigitImagesConfig,
+    ImageNetConfig,
+    ImagesConfig,
+    RobustnessConfig,
+)
 from lorasc_ds.task_config import (
     AnswerConfig,
     BbhConfig,
@@ -32,6 +38,7 @@ from lorasc_ds.tasks.image_classes import imagenet, images
 from lorasc_ds.tasks.instructions import instructions
 from lorasc_ds.tasks.mezo import Request
 from lorasc_ds.tasks.mmlu import mmlu
+from lorasc_ds.tasks.robustness import corrupted_images, robustness
 from lorasc_ds.tasks.text import text
 
 __all__ = ["Example", "Generation", "Message", "Scores", "Task", "load_task"]
@@ -74,6 +81,10 @@ def load_task(config: TaskConfig, seed: int, splits: Collection[str] = ("train",
             return imagenet(splits, **config.model_dump(exclude={"name"}))
         case ImagesConfig():
             return images(splits, **config.model_dump(exclude={"name"}))
+        case RobustnessConfig():
+            return robustness(**config.model_dump())
+        case CorruptedImagesConfig():
+            return corrupted_images(**config.model_dump(exclude={"name"}))
 
 
 def requested(config: SampledData, seed: int, splits: Collection[str]) -> Request:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from PIL import Image
-from scipy.ndimage import correlate, gaussian_filter, zoom
+from scipy.ndimage import correlate, gaussian_filter, map_coordinates, zoom
 from sklearn.datasets import load_sample_images
 
 from lorasc_ds.corruption_parameters import CIFAR, ELASTIC_SIDE, IMAGENET, is_small
@@ -268,6 +268,13 @@ def test_frost_lays_a_texture_over_the_image() -> None:
     assert len(places) == 1
     small = np.full((10, 300, 3), 90, np.uint8)  # has to be enlarged
     assert np.array_equal(corrupt(flat(100, 100), "frost", 1, 0, [small]), flat(136, 100))
+    slope = np.arange(200, dtype=np.uint8).repeat(3).reshape(1, 200, 3).repeat(200, 0)
+    for parameters, step in (("imagenet", 1), ("cifar", 5)):  # CIFAR-10-C's textures are a fifth as large
+        row = (
+            corrupt(flat(0, 20), "frost", 5, 0, [slope], parameters)[10, :, 0]
+            / {"imagenet": 0.75, "cifar": 0.45}[parameters]
+        )
+        assert np.polyfit(np.arange(20), row, 1)[0] == pytest.approx(step, rel=0.1)
     colours = [flat(10, 60), flat(200, 60)]
     assert {int(corrupt(flat(0, 32), "frost", 1, seed, colours).max()) for seed in range(9)} == {2, 40}
 
@@ -349,6 +356,32 @@ def test_elastic_transform_is_an_affine_map_and_smooth_shifts() -> None:
     assert 0 < np.ptp(rows) + np.ptp(columns) < 6
     assert abs(rows.mean() - 16) < 4
     assert abs(columns.mean() - 16) < 4
+
+
+@pytest.mark.parametrize(("severity", "side", "unit"), [(2, 96, 96 * 244 / 224), (5, 96, 96 * 244 / 224), (3, 32, 32)])
+def test_elastic_transform_step_by_step(severity: int, side: int, unit: float) -> None:
+    """As the published code: corners of a square, moved by chance, give the map; SciPy's filter the shifts."""
+    image, rng = photograph(1, side), np.random.default_rng(9)
+    strength, sigma, reach = (
+        unit * one for one in (CIFAR if side == 32 else IMAGENET)["elastic_transform"][severity - 1]
+    )
+    middle, arm = side // 2, side // 3
+    before = np.array([[middle + arm, middle + arm], [middle + arm, middle - arm], [middle - arm, middle - arm]], float)
+    after = before + rng.uniform(-reach, reach, (3, 2))
+    forward = np.vstack([before.T, np.ones(3)])
+    forward = np.vstack([after.T, np.ones(3)]) @ np.linalg.inv(forward)  # takes `before` to `after`, x y 1
+    shifts = [
+        strength * gaussian_filter(rng.uniform(-1, 1, (side, side)), sigma, mode="reflect", truncate=3) for _ in "xy"
+    ]
+    y, x = np.mgrid[:side, :side].astype(float)
+    source = np.linalg.inv(forward) @ np.stack([x.ravel(), y.ravel(), np.ones(side * side)])
+    for channel in range(3):
+        bent = map_coordinates(image[..., channel].astype(float), source[1::-1], order=1, mode="mirror").reshape(
+            side, side
+        )
+        expected = map_coordinates(bent, [y + shifts[1], x + shifts[0]], order=1, mode="reflect")
+        found = corrupt(image, "elastic_transform", severity, 9)[..., channel]
+        assert np.abs(found - (expected - 0.5)).max() < 0.501  # cut down to whole numbers
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from lorasc_ds.image_task_config import ImageTextConfig
 from lorasc_ds.section import PublicData, Section
 
 
@@ -205,6 +206,8 @@ class HumanEvalConfig(PublicData):
     )
 
 
-TrainableTask = DigitsConfig | TextConfig | ChoiceConfig | AnswerConfig | Gsm8kConfig | InstructionConfig
+TrainableTask = (
+    DigitsConfig | TextConfig | ChoiceConfig | AnswerConfig | Gsm8kConfig | InstructionConfig | ImageTextConfig
+)
 Benchmark = MmluConfig | BbhConfig | DropFewShotConfig | HumanEvalConfig
 TaskConfig = TrainableTask | Benchmark

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
+from lorasc_ds.image_task_config import ImageTextConfig
 from lorasc_ds.task_config import (
     AnswerConfig,
     BbhConfig,
@@ -26,6 +27,7 @@ from lorasc_ds.tasks.digits import digits
 from lorasc_ds.tasks.drop_few_shot import drop_few_shot
 from lorasc_ds.tasks.gsm8k import gsm8k
 from lorasc_ds.tasks.humaneval import humaneval
+from lorasc_ds.tasks.image_text import image_text
 from lorasc_ds.tasks.instructions import instructions
 from lorasc_ds.tasks.mezo import Request
 from lorasc_ds.tasks.mmlu import mmlu
@@ -50,6 +52,8 @@ def load_task(config: TaskConfig, seed: int, splits: Collection[str] = ("train",
             return text(**config.model_dump(exclude={"name", "block_size"}))
         case InstructionConfig():
             return instructions(**config.model_dump())
+        case ImageTextConfig():
+            return image_text(**config.model_dump(exclude={"name"}))
         case ChoiceConfig():
             return choices(config.name, config.loss, requested(config, seed, splits))
         case AnswerConfig():

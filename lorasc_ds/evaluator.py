@@ -23,6 +23,7 @@ from lorasc_ds.errors import ConfigError
 from lorasc_ds.evaluate_options import EvaluateOptions
 from lorasc_ds.evaluation import Record, check_layout, evaluate
 from lorasc_ds.generation import Generator
+from lorasc_ds.processing import ImageTextProcessor, processor_of
 from lorasc_ds.reports import shown
 from lorasc_ds.sharding import Processes, detect, failing_together, speaking_once_per_node, start
 from lorasc_ds.subject import Subject, load, subject_of
@@ -47,6 +48,7 @@ class EncodedTask:
         lines = list(self.task.notes)
         if self.encoder.left_out:
             lines.append(f"{self.encoder.left_out} rows are left out: cut to length, nothing in them is scored")
+        lines += self.encoder.unreadable_lines()
         if self.encoder.truncated:
             lines.append(f"{self.encoder.truncated} sequences were too long and are cut")
         if self.encoder.shots_left_out:
@@ -83,7 +85,7 @@ class Scorer:
                 self.model,
                 self.tokenizer,
                 task.generation,
-                pad_id=self.layout.pad_id,
+                layout=self.layout,
                 synced=self.synced,
                 seed=self.options.seed,
             )
@@ -130,10 +132,12 @@ def evaluate_all(options: EvaluateOptions) -> None:
         launch = detect(options.deepspeed)
         subject = subject_of(options)
         tokenizer, shape = models.load_tokenizer(subject.model), models.load_shape(subject.model)
-        tasks = [encoded(config, options, tokenizer, shape) for config in options.tasks]
+        processor = processor_of(subject.model, shape)
+        tasks = [encoded(config, options, tokenizer, shape, processor) for config in options.tasks]
         layout = Layout(
             tasks[0].encoder.pad_id if tasks else 0,
             share_prefixes=options.share_prefixes and models.takes_attention_bias(shape),
+            pixels=processor,
         )
     accelerator = start(
         launch, micro_batch_size=1, accumulation=1, max_grad_norm=None, timeout_seconds=options.ddp_timeout
@@ -190,7 +194,11 @@ def harness_scores(scorer: Scorer) -> Scores:
 
 
 def encoded(
-    config: TaskConfig, options: EvaluateOptions, tokenizer: PreTrainedTokenizerBase, shape: PreTrainedModel
+    config: TaskConfig,
+    options: EvaluateOptions,
+    tokenizer: PreTrainedTokenizerBase,
+    shape: PreTrainedModel,
+    processor: ImageTextProcessor | None,
 ) -> EncodedTask:
     """Read a task and tokenise the splits that are scored."""
     task = load_task(config, options.seed, options.splits)
@@ -208,6 +216,7 @@ def encoded(
         model_limit=models.longest_sequence(shape),
         vocabulary_size=models.vocabulary_size(shape),
         block_size=config.block_size if isinstance(config, TextConfig) else None,
+        processor=processor,
     )
     return EncodedTask(config, encoder, encoder.encode())
 

@@ -15,6 +15,8 @@ from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -60,6 +62,21 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(**source_of(config))
 
 
+def kind_of(config):
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+    architecture = AutoConfig.from_pretrained(**source_of(config))
+    return "text" if type(architecture) in MODEL_FOR_CAUSAL_LM_MAPPING else "image_text"
+
+
+def auto(config):
+    return AutoModelForCausalLM if kind_of(config) == "text" else AutoModelForImageTextToText
+
+
+def load_processor(config):
+    with loading("the processor", config):
+        return AutoProcessor.from_pretrained(**source_of(config))
+
+
 def load_shape(config: ModelConfig) -> PreTrainedModel:
     """The model on the meta device: all names and shapes, no weights read.
 
@@ -74,7 +91,7 @@ def load_shape(config: ModelConfig) -> PreTrainedModel:
                 " take the float32 or bfloat16 model"
             )
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(
+            return auto(config).from_config(
                 architecture, dtype=DTYPES[config.dtype], trust_remote_code=config.trust_remote_code
             )
 
@@ -86,7 +103,7 @@ def load_model(config: ModelConfig) -> PreTrainedModel:
         ConfigError: it cannot be loaded, or lacks weights.
     """
     with loading("the model", config):
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = auto(config).from_pretrained(
             **source_of(config), dtype=DTYPES[config.dtype], use_safetensors=True, output_loading_info=True
         )
         model, report = loaded

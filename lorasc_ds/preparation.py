@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from lorasc_ds import models
 from lorasc_ds.adapters import AdaptedWeight, attach
@@ -20,6 +20,7 @@ from lorasc_ds.encoding import Encoder
 from lorasc_ds.errors import ConfigError
 from lorasc_ds.method import Method, make_method, make_plan, make_schedule, unused_settings
 from lorasc_ds.order import Order, Source, sources_of
+from lorasc_ds.processing import processor_of
 from lorasc_ds.streaming import EncodedStream, looked_at
 from lorasc_ds.task_config import TextConfig
 from lorasc_ds.tasks import Task, load_task
@@ -39,6 +40,8 @@ class Preparation:
         auto_examples: how many dev examples a boundary looks at to choose α or λ; 0 where neither is auto.
         evaluation_steps: after how many optimizer steps every split is scored.
         selection_steps: of them, the ends of epochs, which `training.select` chooses from: the same for every strategy.
+        unreadable: rows that are left out for their images, a line each.
+        processor: of a vision-language model, which ships with it.
     """
 
     config: Config
@@ -57,6 +60,8 @@ class Preparation:
     truncated: int
     shots_left_out: int
     left_out: int
+    unreadable: tuple[str, ...]
+    processor: ProcessorMixin | None
 
     @property
     def data_sha256(self) -> dict[str, str]:
@@ -146,6 +151,7 @@ class Preparation:
                 f"note      {self.left_out} rows are left out: cut to length, nothing of them is scored; raise"
                 " training.max_length"
             )
+        lines += [f"note      {line}" for line in self.unreadable]
         lines += [f"note      {line}" for line in repeated(self.splits)]
         unused = unused_settings(cascade)
         if unused:
@@ -156,16 +162,21 @@ class Preparation:
 def repeated(splits: dict[str, Sequence[EncodedExample]]) -> Iterator[str]:
     """What stands in the training examples twice, or in another split too, token for token."""
     seen = looked_at(splits["train"])
-    train = {example.target.ids for example in seen}
+    train = {same_as(example) for example in seen}
     twice = len(seen) - len(train)
     if twice:
         yield f"{twice} of {len(seen)} training examples are repetitions of others"
     for split, examples in splits.items():
         if split == "train":  # of a stream not to be read whole
             continue
-        known = sum(bool(example.candidates) and example.target.ids in train for example in examples)
+        known = sum(bool(example.candidates) and same_as(example) in train for example in examples)
         if known:
             yield f"{known} of {len(examples)} examples of {split} are training examples too: its score is no test"
+
+
+def same_as(example: EncodedExample) -> tuple[tuple[int, ...], str]:
+    """What examples that repeat each other have in common: tokens and images."""
+    return example.target.ids, "" if example.visuals is None else example.visuals.sha256
 
 
 def evaluation_steps(config: Config, plan: Plan, epoch_ends: frozenset[int]) -> frozenset[int]:
@@ -188,18 +199,24 @@ def auto_examples(config: Config, plan: Plan, method: Method, dev_examples: int)
     return min(dev_examples, config.cascade.auto_examples or affordable)
 
 
-def layout_of(training: TrainingConfig, shape: PreTrainedModel, pad_id: int) -> Layout:
+def layout_of(training: TrainingConfig, shape: PreTrainedModel, encoder: Encoder) -> Layout:
     """
     Raises:
-        ConfigError: rows cannot be packed for this model.
+        ConfigError: rows cannot be packed for this model, or with images in them.
     """
-    able = models.takes_attention_bias(shape)
+    pixels = encoder.pixels
+    if training.packing and pixels is not None:
+        raise ConfigError(
+            f"training.packing is true, but the rows of task {encoder.task.name} have images, which stand in rows of"
+            " their own: set it false"
+        )
+    able = pixels is None and models.takes_attention_bias(shape)
     if training.packing and not able:
         raise ConfigError(
             f"training.packing is true, but {type(shape).__name__} has layers that do not attend to all that stands"
             " before, so that sequences in one row would see each other: set it false"
         )
-    return Layout(pad_id, share_prefixes=training.share_prefixes and able, pack=training.packing)
+    return Layout(encoder.pad_id, training.share_prefixes and able, training.packing, pixels)
 
 
 def order_of(examples: Sequence[EncodedExample], task: Task, training: TrainingConfig) -> Order:
@@ -245,6 +262,7 @@ def make_encoder(config: Config, task: Task, tokenizer: PreTrainedTokenizerBase,
         model_limit=models.longest_sequence(shape),
         vocabulary_size=models.vocabulary_size(shape),
         block_size=config.task.block_size if isinstance(config.task, TextConfig) else None,
+        processor=processor_of(config.model, shape),
     )
 
 
@@ -275,7 +293,7 @@ def prepare(config: Config, rank: int = 0, world_size: int = 1) -> Preparation:
         order=order_of(splits["train"], task, training),
         loss=task.loss,
         micro_batch_size=micro,
-        layout=layout_of(training, shape, encoder.pad_id),
+        layout=layout_of(training, shape, encoder),
         rank=rank,
         world_size=world_size,
     )
@@ -306,6 +324,8 @@ def prepare(config: Config, rank: int = 0, world_size: int = 1) -> Preparation:
         truncated=encoder.truncated,
         shots_left_out=encoder.shots_left_out,
         left_out=encoder.left_out,
+        unreadable=encoder.unreadable_lines(),
+        processor=None if encoder.processor is None else encoder.processor.processor,
     )
 
 

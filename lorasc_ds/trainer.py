@@ -157,7 +157,7 @@ class Trainer:
             self.module,
             preparation.tokenizer,
             preparation.task.generation,
-            pad_id=preparation.data.layout.pad_id,
+            layout=preparation.data.layout,
             synced=self.engine.zero_stage == 3,
             seed=preparation.config.training.seed,
         )
@@ -230,7 +230,8 @@ class Trainer:
     def save(self, directory: Path, sha256: str) -> None:
         """Write the merged model, whose adapted weights have `sha256`; or a note, if not asked for."""
         if self.preparation.config.training.save_model:
-            self.live.save(self.module, directory, self.preparation.tokenizer, sha256)
+            preparation = self.preparation
+            self.live.save(self.module, directory, preparation.processor or preparation.tokenizer, sha256)
         elif self.processes.main:
             directory.mkdir(exist_ok=True)
             note = "training.save_model was false: the ledger and the base model give these weights.\n"

@@ -10,6 +10,7 @@ import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -59,8 +60,8 @@ class AdaptedWeight:
 
 
 def matches(path: str, target: str) -> bool:
-    """PEFT's rule: the target is the module's path or a dotted end of it."""
-    return path == target or path.endswith(f".{target}")
+    """PEFT's rule: the target is the module's path or a dotted end of it; besides, `*` is any part of a path."""
+    return fnmatchcase(path, target) or fnmatchcase(path, f"*.{target}")
 
 
 def select_modules(model: nn.Module, target_modules: Sequence[str]) -> dict[str, nn.Linear]:
@@ -279,13 +280,16 @@ def matrix_shape(parameter: nn.Parameter) -> tuple[int, ...]:
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
-def parameter_groups(weights: Sequence[AdaptedWeight], loraplus_lr_ratio: float) -> list[dict[str, Any]]:
+def parameter_groups(
+    weights: Sequence[AdaptedWeight], loraplus_lr_ratio: float, head: Sequence[nn.Parameter] = ()
+) -> list[dict[str, Any]]:
     """Groups for the optimizer, none of them empty, each with its `role` and its `lr_ratio`: its rate over the run's.
 
-    The magnitudes never share a group with pairs, since they keep their moments when those are emptied; and they are
-    not decayed, which would shrink the model's weights themselves.
+    Magnitudes and a task's head never share a group with pairs, since they keep their moments when those are emptied;
+    and they are not decayed, which would shrink the model's weights themselves.
 
     Args:
+        head: parameters of a task's head that are trained.
         loraplus_lr_ratio: the rate of `B` over that of `A`; 1 for all methods but LoRA+.
     """
     parts = {"pairs": [parameter for one in weights for parameter in one.pair]}
@@ -298,6 +302,8 @@ def parameter_groups(weights: Sequence[AdaptedWeight], loraplus_lr_ratio: float)
     magnitudes = [one.magnitude for one in weights if one.magnitude is not None]
     if magnitudes:
         groups.append({"params": magnitudes, "role": "magnitude", "lr_ratio": 1.0, "weight_decay": 0.0})
+    if head:
+        groups.append({"params": list(head), "role": "head", "lr_ratio": 1.0, "weight_decay": 0.0})
     return groups
 
 
@@ -321,7 +327,8 @@ def backbone_items(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def backbone_parameters(model: nn.Module) -> list[nn.Parameter]:
     """The frozen parameters that the pretrained model brought."""
-    return [tensor for _, tensor in backbone_items(model) if isinstance(tensor, nn.Parameter)]
+    items = [tensor for _, tensor in backbone_items(model) if isinstance(tensor, nn.Parameter)]
+    return [parameter for parameter in items if not parameter.requires_grad]
 
 
 def with_adapter(model: PreTrainedModel, directory: Path) -> nn.Module:

@@ -221,7 +221,7 @@ class Boundaries:
         norm = math.hypot(*(of_one.norm for of_one in statistics.values()))
         overlap = None if expert.index == 1 else self.overlap(merged, norm)
         self.slow = merged
-        magnitudes = self.live.magnitudes()
+        persistent = self.live.persistent()
         if self.processes.main:
             self.ledger.append(
                 index=expert.index,
@@ -230,7 +230,7 @@ class Boundaries:
                 noise_intensity=self.noise_intensity,
                 noise_scale=self.noise_scale,
                 slow=self.slow,
-                magnitudes=magnitudes,
+                persistent=persistent,
             )
         return Closing(
             slow_retention=chosen.value,

@@ -54,11 +54,17 @@ STRATEGIES = {
 
 class ModelConfig(Section):
     name_or_path: str = Field(
-        default="quickstart", description="Hub id or local folder of the model; `quickstart` is the one in the package."
+        default="quickstart",
+        description="Hub id or local folder of the model; `quickstart` and `quickstart-vit` are in the package.",
     )
     revision: str | None = Field(default=None, description="Branch, tag or commit of a hub model.")
     dtype: Literal["float32", "bfloat16"] = Field(
         default="float32", description="Storage dtype of the weights; the LoRA pairs are float32 in any case."
+    )
+    kind: Literal["auto", "text", "image_text", "classes"] = Field(
+        default="auto",
+        description="text: a causal language model; image_text: a vision-language model; classes: a model of images,"
+        " with a text tower or with a classifier; auto: the first of these that its configuration has.",
     )
     trust_remote_code: bool = Field(default=False, description="Run Python code that comes with the model.")
 
@@ -82,7 +88,9 @@ class AdapterConfig(Section):
         " itself (lora-fa).",
     )
     target_modules: Annotated[tuple[str, ...], Field(strict=False, min_length=1)] = Field(
-        default=("q_proj", "v_proj"), description="Names, or ends of dotted paths, of the linear layers to adapt."
+        default=("q_proj", "v_proj"),
+        description="Names, or ends of dotted paths, of the linear layers to adapt; * stands for any part of a path, as"
+        " in vision_model.*.q_proj.",
     )
 
 

@@ -7,9 +7,11 @@ alone share one forward pass.
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import accumulate
+from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +20,17 @@ from lorasc_ds.encoded import EncodedExample, ScoredTokens, Visuals
 from lorasc_ds.order import Order
 from lorasc_ds.streaming import taken
 from lorasc_ds.visuals import Pixels, image_inputs
+
+
+class Named(Protocol):
+    """An example, as text or image."""
+
+    @property
+    def id(self) -> str: ...
+
+
+E = TypeVar("E", bound=Named)
+B = TypeVar("B")
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,7 +232,7 @@ def collate(examples: Sequence[Sequence[ScoredTokens]], gold: Sequence[int], lay
 
 
 @dataclass(frozen=True, slots=True)
-class MicroBatch:
+class MicroBatch(Generic[B]):
     """A forward pass of an optimizer step.
 
     Args:
@@ -228,12 +241,12 @@ class MicroBatch:
     """
 
     first: int
-    batch: Batch
+    batch: B
     counts: bool = True
 
 
 @dataclass(frozen=True, slots=True)
-class StepBatch:
+class StepBatch(Generic[B]):
     """This process's part of the global batch of an optimizer step.
 
     Args:
@@ -244,11 +257,11 @@ class StepBatch:
     """
 
     ids: tuple[str, ...]
-    micro_batches: tuple[MicroBatch, ...]
+    micro_batches: tuple[MicroBatch[B], ...]
     normaliser: int
 
 
-class TrainingData:
+class TrainingData(Generic[E, B]):
     """The batches of a run as a pure function of the optimizer step: every epoch in its own order.
 
     The last batch of an epoch may be smaller. A global batch is cut into the same micro batches whatever the number of
@@ -256,6 +269,68 @@ class TrainingData:
 
     Args:
         order: of the examples in every epoch.
+    """
+
+    def __init__(
+        self,
+        examples: Sequence[E],
+        *,
+        order: Order,
+        micro_batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self.examples = examples
+        self.order = order
+        self.batch_size = order.batch_size
+        self.micro_batch_size = micro_batch_size
+        self.rank = rank
+        self.world_size = world_size
+        self.steps_per_epoch = math.ceil(len(examples) / order.batch_size)
+        self.orders: dict[int, Tensor] = {}
+
+    @abstractmethod
+    def collate(self, examples: Sequence[E], step: int, first: int) -> B:
+        """A micro batch of optimizer step `step`, whose first example is at `first` in the global batch."""
+
+    @abstractmethod
+    def normaliser(self, examples: Sequence[E]) -> int:
+        """Of a global batch; see `StepBatch`."""
+
+    def positions(self, step: int) -> list[int]:
+        """Of the examples of a step; the order of the epoch under way is kept, not drawn at every step."""
+        epoch, index = divmod(step, self.steps_per_epoch)
+        if epoch not in self.orders:
+            self.orders = {epoch: self.order(epoch)}
+        return self.orders[epoch][index * self.batch_size : (index + 1) * self.batch_size].tolist()
+
+    def take(self, positions: Sequence[int]) -> list[E]:
+        return [self.examples[at] for at in positions]
+
+    def step(self, step: int) -> StepBatch[B]:
+        """The global batch of optimizer step `step`, counted from 0 over the run."""
+        chosen = self.take(self.positions(step))
+        size = self.micro_batch_size
+
+        def micro_batch(number: int) -> MicroBatch[B]:
+            first = number * size
+            counts = first < len(chosen)
+            first = first if counts else 0  # the end of an epoch: nothing is left for this process
+            return MicroBatch(first, self.collate(chosen[first : first + size], step, first), counts)
+
+        rounds = math.ceil(len(chosen) / (size * self.world_size))
+        return StepBatch(
+            ids=tuple(example.id for example in chosen),
+            micro_batches=tuple(micro_batch(turn * self.world_size + self.rank) for turn in range(rounds)),
+            normaliser=self.normaliser(chosen),
+        )
+
+
+class TrainingSequences(TrainingData[EncodedExample, Batch]):
+    """Batches of tokens.
+
+    Args:
+        loss: as in `Task`.
     """
 
     def __init__(
@@ -269,44 +344,19 @@ class TrainingData:
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        self.examples = examples
-        self.order = order
+        super().__init__(examples, order=order, micro_batch_size=micro_batch_size, rank=rank, world_size=world_size)
         self.loss = loss
-        self.batch_size = order.batch_size
-        self.micro_batch_size = micro_batch_size
         self.layout = layout
-        self.rank = rank
-        self.world_size = world_size
-        self.steps_per_epoch = math.ceil(len(examples) / order.batch_size)
-        self.orders: dict[int, Tensor] = {}
 
-    def positions(self, step: int) -> list[int]:
-        """Of the examples of a step; the order of the epoch under way is kept, not drawn at every step."""
-        epoch, index = divmod(step, self.steps_per_epoch)
-        if epoch not in self.orders:
-            self.orders = {epoch: self.order(epoch)}
-        return self.orders[epoch][index * self.batch_size : (index + 1) * self.batch_size].tolist()
+    def take(self, positions: Sequence[int]) -> list[EncodedExample]:
+        return taken(self.examples, positions)
 
-    def collate(self, examples: Sequence[EncodedExample]) -> Batch:
+    def collate(self, examples: Sequence[EncodedExample], step: int = 0, first: int = 0) -> Batch:
         if self.loss == "lm":
             return collate([[example.target] for example in examples], [0] * len(examples), self.layout)
         return collate([e.candidates for e in examples], [e.gold[0] for e in examples], self.layout)
 
-    def step(self, step: int) -> StepBatch:
-        """The global batch of optimizer step `step`, counted from 0 over the run."""
-        chosen = taken(self.examples, self.positions(step))
-        size = self.micro_batch_size
-
-        def micro_batch(number: int) -> MicroBatch:
-            first = number * size
-            counts = first < len(chosen)
-            first = first if counts else 0  # the end of an epoch: nothing is left for this process
-            return MicroBatch(first, self.collate(chosen[first : first + size]), counts)
-
-        rounds = math.ceil(len(chosen) / (size * self.world_size))
-        tokens = sum(example.target.scored for example in chosen)
-        return StepBatch(
-            ids=tuple(example.id for example in chosen),
-            micro_batches=tuple(micro_batch(turn * self.world_size + self.rank) for turn in range(rounds)),
-            normaliser=max(1, tokens) if self.loss == "lm" else len(chosen),
-        )
+    def normaliser(self, examples: Sequence[EncodedExample]) -> int:
+        if self.loss == "lm":
+            return max(1, sum(example.target.scored for example in examples))
+        return len(examples)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from lorasc_ds.data import Layout, TrainingData, rows_of, trees_of
+from lorasc_ds.data import Layout, TrainingSequences, rows_of, trees_of
 from lorasc_ds.encoded import EncodedExample
 from lorasc_ds.preview import trained_on
 
@@ -93,7 +93,7 @@ def cost_of(examples: Sequence[EncodedExample], loss: str, layout: Layout) -> Co
     return Cost(sum(rows), len(rows) * max(rows))
 
 
-def epoch_cost(data: TrainingData, order: Sequence[int], layout: Layout) -> Cost:
+def epoch_cost(data: TrainingSequences, order: Sequence[int], layout: Layout) -> Cost:
     """Of all forward passes of an epoch with the examples in this order, over all processes."""
     examples = [data.examples[at] for at in order]
     total = Cost(0, 0)

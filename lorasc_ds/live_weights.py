@@ -38,6 +38,7 @@ class LiveWeights:
         backend: edits them wherever they live.
         processes: those of the run.
         seed: draws the pairs, the noise and ReLoRA's random pruning.
+        head: the parts of a task head that are trained, outside the cascade, by name (`weight`, `bias`).
         other_matrices: frozen matrices besides the adapted ones that NoisyTune's noise falls on, in the ledger's order.
         projects_gradients: LoRA-FA's projection of the gradient of `B`.
         accumulator: `device`, or `host` memory, for the float32 sums behind bfloat16 weights.
@@ -50,6 +51,7 @@ class LiveWeights:
         processes: Processes,
         *,
         seed: int,
+        head: Mapping[str, nn.Parameter] | None = None,
         other_matrices: Mapping[str, nn.Parameter] | None = None,
         projects_gradients: bool = False,
         accumulator: str = "device",
@@ -59,6 +61,9 @@ class LiveWeights:
         self.processes = processes
         self.seed = seed
         self.other_matrices = other_matrices or {}
+        magnitudes = {f"{one.name}.magnitude": one.magnitude for one in weights}
+        self.outside = {key: parameter for key, parameter in magnitudes.items() if parameter is not None}
+        self.outside |= {f"head.{part}": parameter for part, parameter in (head or {}).items()}
         self.projects_gradients = projects_gradients
         self.projections: dict[str, Tensor] = {}
         if projects_gradients:
@@ -291,14 +296,13 @@ class LiveWeights:
         }
         return [f"{name} is not what was written" for name, right in held.items() if not right]
 
-    def magnitudes(self) -> dict[str, Tensor]:
-        """DoRA's magnitudes by name, copies; {} for the other methods."""
-        return {one.name: self.backend.read(one.magnitude) for one in self.weights if one.magnitude is not None}
+    def persistent(self) -> dict[str, Tensor]:
+        """What is trained outside the cascade, DoRA's magnitudes and a task head, copies by their ledger keys."""
+        return {key: self.backend.read(parameter) for key, parameter in self.outside.items()}
 
-    def write_magnitudes(self, magnitudes: Mapping[str, Tensor]) -> None:
-        for one in self.weights:
-            if one.magnitude is not None:
-                self.backend.write(one.magnitude, magnitudes[one.name])
+    def write_persistent(self, values: Mapping[str, Tensor]) -> None:
+        for key, parameter in self.outside.items():
+            self.backend.write(parameter, values[key].to(self.processes.device))
 
     def copies(self) -> dict[str, Tensor]:
         """This process's slices of the adapted weights in use, in host memory, by name."""

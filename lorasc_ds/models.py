@@ -7,19 +7,27 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING,
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
+    AutoModelForImageClassification,
     AutoModelForImageTextToText,
     AutoProcessor,
     AutoTokenizer,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    ProcessorMixin,
 )
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
@@ -28,15 +36,16 @@ from lorasc_ds.algorithm.files import current_umask, sync
 from lorasc_ds.config import ModelConfig
 from lorasc_ds.errors import ConfigError
 
-QUICKSTART_BASE = Path(__file__).parent / "quickstart" / "base"
+QUICKSTART = Path(__file__).parent / "quickstart"
+QUICKSTART_BASE = QUICKSTART / "base"
+EMBEDDED = {"quickstart": QUICKSTART_BASE, "quickstart-vit": QUICKSTART / "vit"}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def source_of(config: ModelConfig) -> dict[str, Any]:
     """The arguments that every `from_pretrained` here takes."""
-    name = str(QUICKSTART_BASE) if config.name_or_path == "quickstart" else config.name_or_path
     return {
-        "pretrained_model_name_or_path": name,
+        "pretrained_model_name_or_path": str(EMBEDDED.get(config.name_or_path, config.name_or_path)),
         "revision": config.revision,
         "trust_remote_code": config.trust_remote_code,
     }
@@ -62,52 +71,108 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(**source_of(config))
 
 
-def kind_of(config):
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
-    architecture = AutoConfig.from_pretrained(**source_of(config))
-    return "text" if type(architecture) in MODEL_FOR_CAUSAL_LM_MAPPING else "image_text"
-
-
-def auto(config):
-    return AutoModelForCausalLM if kind_of(config) == "text" else AutoModelForImageTextToText
-
-
-def load_processor(config):
+def load_processor(config: ModelConfig) -> ProcessorMixin:
+    """What makes tokens and pixels for a vision-language model; its tokenizer is in it."""
     with loading("the processor", config):
         return AutoProcessor.from_pretrained(**source_of(config))
 
 
-def load_shape(config: ModelConfig) -> PreTrainedModel:
-    """The model on the meta device: all names and shapes, no weights read.
+Kind = Literal["text", "image_text", "classes"]
+CLASSIFIER_KEYS = ("classifier.", "head.", "score.")  # of a model of images that was not trained on these classes
+
+
+def has_text_tower(architecture: PretrainedConfig) -> bool:
+    """Whether images and texts are embedded side by side, as CLIP does."""
+    return type(architecture) in MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING
+
+
+def kind_of(config: ModelConfig, architecture: PretrainedConfig) -> Kind:
+    """What kind of model it is: as `model.kind` says, or the first that its configuration has."""
+    if config.kind != "auto":
+        return config.kind
+    kind = type(architecture)
+    if kind in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return "text"
+    if kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        return "image_text"
+    classes = has_text_tower(architecture) or kind in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
+    return "classes" if classes else "text"  # or code that comes with the model, which says so itself
+
+
+def load_architecture(config: ModelConfig) -> PretrainedConfig:
+    """The model's configuration.
 
     Raises:
         ConfigError: there is none, or its weights are quantised.
     """
-    with loading("the model", config):
+    with loading("its configuration", config):
         architecture = AutoConfig.from_pretrained(**source_of(config))
-        if getattr(architecture, "quantization_config", None) is not None:
-            raise ConfigError(
-                f"model.name_or_path {config.name_or_path} has quantised weights, which cannot be merged into:"
-                " take the float32 or bfloat16 model"
-            )
-        with torch.device("meta"):
-            return auto(config).from_config(
-                architecture, dtype=DTYPES[config.dtype], trust_remote_code=config.trust_remote_code
-            )
+    if getattr(architecture, "quantization_config", None) is not None:
+        raise ConfigError(
+            f"model.name_or_path {config.name_or_path} has quantised weights, which cannot be merged into:"
+            " take the float32 or bfloat16 model"
+        )
+    return architecture
 
 
-def load_model(config: ModelConfig) -> PreTrainedModel:
-    """The pretrained causal language model in `model.dtype`, from safetensors only.
+def auto_class(config: ModelConfig, architecture: PretrainedConfig) -> Any:
+    """What makes such a model in transformers."""
+    match kind_of(config, architecture):
+        case "text":
+            return AutoModelForCausalLM
+        case "image_text":
+            return AutoModelForImageTextToText
+        case "classes":
+            return AutoModel if has_text_tower(architecture) else AutoModelForImageClassification
+
+
+def load_shape(config: ModelConfig, labels: int | None = None) -> PreTrainedModel:
+    """The model on the meta device: all names and shapes, no weights read.
+
+    Args:
+        labels: outputs of its classifier, where it has one; None: as its files have.
+
+    Raises:
+        ConfigError: there is none, or its weights are quantised.
+    """
+    architecture = with_labels(load_architecture(config), labels)
+    with loading("the model", config), torch.device("meta"):
+        return auto_class(config, architecture).from_config(
+            architecture, dtype=DTYPES[config.dtype], trust_remote_code=config.trust_remote_code
+        )
+
+
+def with_labels(architecture: PretrainedConfig, labels: int | None) -> PretrainedConfig:
+    if labels is not None and not has_text_tower(architecture) and architecture.num_labels != labels:
+        architecture.num_labels = labels
+    return architecture
+
+
+def load_model(config: ModelConfig, labels: int | None = None) -> PreTrainedModel:
+    """The pretrained model in `model.dtype`, from safetensors only.
+
+    Args:
+        labels: outputs of its classifier, which is random where the files have none of this size; None: as they have.
 
     Raises:
         ConfigError: it cannot be loaded, or lacks weights.
     """
+    architecture = with_labels(load_architecture(config), labels)
     with loading("the model", config):
-        loaded: Any = auto(config).from_pretrained(
-            **source_of(config), dtype=DTYPES[config.dtype], use_safetensors=True, output_loading_info=True
+        loaded: Any = auto_class(config, architecture).from_pretrained(
+            **source_of(config),
+            config=architecture,
+            dtype=DTYPES[config.dtype],
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=labels is not None,
         )
         model, report = loaded
-        absent = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
+        absent = sorted(report["missing_keys"]) + sorted(
+            key if isinstance(key, str) else key[0] for key in report["mismatched_keys"]
+        )
+        if labels is not None:
+            absent = [key for key in absent if not key.startswith(CLASSIFIER_KEYS)]
         if absent:
             raise ConfigError(
                 f"model.name_or_path {config.name_or_path}: {len(absent)} weights of {type(model).__name__} are not in"

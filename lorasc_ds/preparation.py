@@ -14,7 +14,7 @@ from lorasc_ds import models
 from lorasc_ds.adapters import AdaptedWeight, attach
 from lorasc_ds.algorithm.plan import Expert, Plan, Schedule, compressed_warmup
 from lorasc_ds.config import Config, TrainingConfig
-from lorasc_ds.data import Layout, TrainingData
+from lorasc_ds.data import Layout, TrainingSequences
 from lorasc_ds.encoded import EncodedExample, digest_of
 from lorasc_ds.encoding import Encoder
 from lorasc_ds.errors import ConfigError
@@ -50,7 +50,7 @@ class Preparation:
     weights: list[AdaptedWeight]
     task: Task
     splits: dict[str, Sequence[EncodedExample]]
-    data: TrainingData
+    data: TrainingSequences
     plan: Plan
     schedule: Schedule
     method: Method
@@ -288,7 +288,7 @@ def prepare(config: Config, rank: int = 0, world_size: int = 1) -> Preparation:
             f"training.batch_size is {training.batch_size}, but there are only {len(splits['train'])} training"
             " examples: lower it"
         )
-    data = TrainingData(
+    data = TrainingSequences(
         splits["train"],
         order=order_of(splits["train"], task, training),
         loss=task.loss,

@@ -118,7 +118,7 @@ def processor_of(config: ModelConfig, model: PreTrainedModel) -> ImageTextProces
     Raises:
         ConfigError: it cannot be loaded or used.
     """
-    if models.kind_of(config) != "image_text":
+    if models.kind_of(config, model.config) != "image_text":
         return None
     return ImageTextProcessor(models.load_processor(config), model)
 

@@ -66,8 +66,13 @@ def state_after(newest: Checkpoint, ledger: Ledger, step: int, directory: Path) 
         ConfigError: something does.
     """
     experts = len(ledger.experts)
-    keeps = "DoRA's magnitudes" if ledger.adapter.method == "dora" else "ReLoRA's pairs"
-    if ledger.adapter.method == "dora" or STRATEGIES[ledger.strategy].optimizer == "pruned":
+    kept = newest.state["optimizer_steps"]
+    reasons = {
+        "DoRA's magnitudes": ledger.adapter.method == "dora",
+        "ReLoRA's pairs": STRATEGIES[ledger.strategy].optimizer == "pruned",
+        "the task's head": any(name.startswith("head.") for name in kept),
+    }
+    for keeps in (reason for reason, holds in reasons.items() if holds):
         raise ConfigError(
             f"--expert {experts}: the moments of {keeps} go on from expert to expert, and only a checkpoint at the"
             f" end of one has them: there is none at step {step} (raise training.checkpoints_kept)"

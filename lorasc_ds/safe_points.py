@@ -104,9 +104,7 @@ def kept_parameters(trainer: Trainer, inside: bool) -> dict[str, nn.Parameter]:
     for one in trainer.weights:
         if inside or trainer.preparation.method.pruning is not None:
             kept |= {f"{one.name}.{part}": p for part, p in (("A", one.A), ("B", one.B)) if p.requires_grad}
-        if one.magnitude is not None:
-            kept[f"{one.name}.magnitude"] = one.magnitude
-    return kept
+    return kept | trainer.live.outside
 
 
 def state_of(trainer: Trainer, tracker: Tracker, progress: Progress) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -117,7 +115,7 @@ def state_of(trainer: Trainer, tracker: Tracker, progress: Progress) -> tuple[di
     if opened is not None:
         for name, pair in live.pairs().items():
             tensors |= {f"{name}.A": pair.A, f"{name}.B": pair.B}
-    tensors |= {f"{name}.magnitude": magnitude for name, magnitude in live.magnitudes().items()}
+    tensors |= live.persistent()
     kept = kept_parameters(trainer, opened is not None)
     for name, parameter in kept.items():
         for moment, value in live.backend.moments(parameter).items():
@@ -184,7 +182,7 @@ def restore(trainer: Trainer, checkpoint: Checkpoint) -> Progress:
 
 
 def restore_adapters(trainer: Trainer, inside: bool, tensors: Mapping[str, Tensor], counts: Mapping[str, int]) -> None:
-    """Write pairs, magnitudes and the optimizer's state wherever the engine keeps them.
+    """Write pairs, what is trained outside the cascade and the optimizer's state wherever the engine keeps them.
 
     Args:
         inside: whether an expert is open.
@@ -193,10 +191,10 @@ def restore_adapters(trainer: Trainer, inside: bool, tensors: Mapping[str, Tenso
     """
     backend, device = trainer.live.backend, trainer.processes.device
     for one in trainer.weights:
-        parameters = {"A": one.A, "B": one.B, "magnitude": one.magnitude}
-        for part, parameter in parameters.items():
-            if parameter is not None and f"{one.name}.{part}" in tensors:
+        for part, parameter in (("A", one.A), ("B", one.B)):
+            if f"{one.name}.{part}" in tensors:
                 backend.write(parameter, tensors[f"{one.name}.{part}"].to(device))
+    trainer.live.write_persistent(tensors)
     if any(counts.values()):
         kept = kept_parameters(trainer, inside)
         backend.begin_optimizer()

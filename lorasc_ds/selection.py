@@ -62,7 +62,7 @@ class Selection:
         self.expert = 0
         self.pairs: dict[str, Pair] | None = None
         self.copies: dict[str, Tensor] = {}
-        self.magnitudes: dict[str, Tensor] = {}
+        self.persistent: dict[str, Tensor] = {}
 
     def consider(self, step: int, expert: int, pairs: Mapping[str, Pair] | None, scores: Scores) -> None:
         """Called on the weights that closing now would ship.
@@ -73,7 +73,7 @@ class Selection:
         if self.select == "best_dev" and scores["dev"]["loss"] < self.dev_loss:
             self.dev_loss, self.step, self.scores = scores["dev"]["loss"], step, scores
             self.expert, self.pairs = expert, None if pairs is None else dict(pairs)
-            self.magnitudes = self.live.magnitudes()
+            self.persistent = self.live.persistent()
             self.copies = self.live.copies()
 
     def restore(self) -> None:
@@ -85,13 +85,13 @@ class Selection:
             )
         if self.copies:
             self.live.write_copies(self.copies)
-            self.live.write_magnitudes(self.magnitudes)
+            self.live.write_persistent(self.persistent)
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """What `resume` needs, as JSON and as tensors; nothing before a selection."""
         if not self.step:
             return {}, {}
-        tensors = {f"selected.{name}.magnitude": magnitude for name, magnitude in self.magnitudes.items()}
+        tensors = {f"selected.{key}": value for key, value in self.persistent.items()}
         for name, pair in (self.pairs or {}).items():
             tensors |= {f"selected.{name}.{part}": tensor for part, tensor in zip("AB", pair, strict=True)}
         values = {"dev_loss": self.dev_loss, "step": self.step, "scores": self.scores, "expert": self.expert}
@@ -106,7 +106,7 @@ class Selection:
         names = [one.name for one in self.live.weights]
         if not values["closed"]:
             self.pairs = {n: Pair(*(tensors[f"selected.{n}.{part}"] for part in "AB")) for n in names}
-        self.magnitudes = {n: tensors[f"selected.{n}.magnitude"] for n in names if f"selected.{n}.magnitude" in tensors}
+        self.persistent = {key: tensors[f"selected.{key}"] for key in self.live.outside}
 
     def passing(self, expert: int, closed: bool) -> None:
         """While the weights are made again from the ledger: they are now those inside `expert`, or those after it."""

@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from lorasc_ds import models
 from lorasc_ds.cli import Parser, add_recipe, configuration, parse
 from lorasc_ds.config import Config, TrainingConfig
-from lorasc_ds.data import TrainingData
+from lorasc_ds.data import TrainingSequences
 from lorasc_ds.data_report import epoch_cost, length_table, split_lines, table
 from lorasc_ds.encoded import EncodedExample
 from lorasc_ds.errors import ConfigError, RunError
@@ -49,7 +49,7 @@ class Shown:
     task: Task
     tokenizer: PreTrainedTokenizerBase
     splits: Mapping[str, Sequence[EncodedExample]]
-    data: TrainingData | None
+    data: TrainingSequences | None
     packs: bool
     training: TrainingConfig
 
@@ -68,7 +68,7 @@ def load(config: ShownConfig, processes: int) -> Shown:
     return Shown(run.task, run.tokenizer, run.splits, run.data, packs, config.training)
 
 
-def padding_lines(data: TrainingData, task: Task, training: TrainingConfig, packs: bool) -> Iterator[str]:
+def padding_lines(data: TrainingSequences, task: Task, training: TrainingConfig, packs: bool) -> Iterator[str]:
     """What the first epoch's batches cost as they are configured, and otherwise."""
     rows = [["packing", "group_by_length", "tokens", "computed", "efficiency", ""]]
     for pack, group in product((False, True) if packs else (False,), (False, True)):

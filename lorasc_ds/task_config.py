@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from lorasc_ds.image_task_config import ImageTextConfig
+from lorasc_ds.image_task_config import ImageNetConfig, ImagesConfig, ImageTextConfig
 from lorasc_ds.section import PublicData, Section
 
 
@@ -207,7 +207,15 @@ class HumanEvalConfig(PublicData):
 
 
 TrainableTask = (
-    DigitsConfig | TextConfig | ChoiceConfig | AnswerConfig | Gsm8kConfig | InstructionConfig | ImageTextConfig
+    DigitsConfig
+    | TextConfig
+    | ChoiceConfig
+    | AnswerConfig
+    | Gsm8kConfig
+    | InstructionConfig
+    | ImageNetConfig
+    | ImagesConfig
+    | ImageTextConfig
 )
 Benchmark = MmluConfig | BbhConfig | DropFewShotConfig | HumanEvalConfig
 TaskConfig = TrainableTask | Benchmark

@@ -59,7 +59,7 @@ def trained(trainer: Trainer) -> dict[str, Any]:
             scores.append(trainer.evaluate()["dev"])
         reports.append([closing.norm, closing.lost, closing.drift, closing.averaging_change])
         choices.append([opening.noise_intensity, opening.pruned, closing.slow_retention])
-        magnitudes.append(digest(trainer.live.magnitudes().values()))
+        magnitudes.append(digest(trainer.live.persistent().values()))
     return {
         "losses": losses,
         "norms": norms,
@@ -192,11 +192,11 @@ def not_finite_on_one_rank(trainer: Trainer) -> dict[str, Any]:
         if hook is not None:
             hook.remove()
     moved = max(float((whole(other.B) - old).abs().max()) for other, old in zip(trainer.weights, before, strict=True))
-    pairs, magnitudes = trainer.live.pairs(), trainer.live.magnitudes()
+    pairs, magnitudes = trainer.live.pairs(), trainer.live.persistent()
     steps = []
     for _ in range(2):
         trainer.live.write_pairs(pairs)
-        trainer.live.write_magnitudes(magnitudes)
+        trainer.live.write_persistent(magnitudes)
         trainer.backend.empty_optimizer(trainer.live.pair_parameters)
         trainer.training_step(0, LEARNING_RATE)
         steps.append([whole(other.B) for other in trainer.weights])

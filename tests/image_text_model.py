@@ -27,11 +27,11 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from lorasc_ds.tasks.digits import DOMAINS, load_images
 
-SIDE, PATCH = 16, 4
+SIDE, PATCH = 16, 8
 QUESTIONS = {
-    "which digit is this ?": str,
-    "is this digit even ?": lambda digit: "no" if digit % 2 else "yes",
-    "is it larger than four ?": lambda digit: "yes" if digit > 4 else "no",
+    "which digit ?": str,
+    "is it even ?": lambda digit: "no" if digit % 2 else "yes",
+    "is it above four ?": lambda digit: "yes" if digit > 4 else "no",
 }
 WORDS = sorted({word for question in QUESTIONS for word in question.split()} | {"yes", "no"} | set("0123456789"))
 
@@ -102,7 +102,7 @@ def write_rows(folder: Path, domain: str, positions: range, name: str) -> Path:
     return path
 
 
-def pretrain(steps: int = 500, batch: int = 64) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+def pretrain(steps: int = 500, batch: int = 64, lr: float = 4e-3) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     torch.manual_seed(0)
     rng = np.random.default_rng(0)
     processor = make_processor()
@@ -119,8 +119,8 @@ def pretrain(steps: int = 500, batch: int = 64) -> tuple[LlavaForConditionalGene
         for digit in range(10):
             rows[question, digit] = [*prompt, vocabulary[answer(digit)], 1]
             lengths[question, digit] = len(prompt)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
     questions = list(QUESTIONS)
     width = max(map(len, rows.values()))
     model.train()
@@ -135,6 +135,7 @@ def pretrain(steps: int = 500, batch: int = 64) -> tuple[LlavaForConditionalGene
         shift = rng.integers(-1, 2, 2) * 2
         moved = torch.roll(pixels[chosen], tuple(map(int, shift)), dims=(2, 3))
         loss = model(input_ids=ids, attention_mask=(ids != 3).long(), pixel_values=moved, labels=targets).loss
+        if _ % 50 == 0: print(_, loss.item())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

@@ -308,7 +308,7 @@ def test_magnitudes_are_those_after_an_expert(tmp_path: Path) -> None:
     assert ledger.magnitudes() == {}
     ledger.truncate(0, keep=False)
     for factor in (1.0, 2.0, 3.0):
-        append(ledger, magnitudes={name: (factor * torch.arange(6)).bfloat16() for name in NAMES})
+        append(ledger, persistent={f"{name}.magnitude": (factor * torch.arange(6)).bfloat16() for name in NAMES})
     assert ledger.magnitudes(0) == {}
     ledger.compact(base_weights().__getitem__, 2)
     for experts, factor in ((2, 2.0), (3, 3.0), (None, 3.0)):

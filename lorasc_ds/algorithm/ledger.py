@@ -44,9 +44,12 @@ class Ledger(LedgerFiles):
         noise_intensity: float,
         noise_scale: Mapping[str, float],
         slow: Mapping[str, Pair],
-        magnitudes: Mapping[str, Tensor] | None = None,
+        persistent: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Record the expert that has just closed: first its file, then the list.
+
+        Args:
+            persistent: what is trained outside the cascade, by its key: `NAME.magnitude` of DoRA, `head.PART`.
 
         Raises:
             LedgerError: `index` is not the next one, or a pair holds a number that is not finite.
@@ -55,7 +58,7 @@ class Ledger(LedgerFiles):
             raise LedgerError(f"{self.directory}: expert {index} cannot follow expert {len(self.experts)}")
         tensors = {f"{name}.slow_A": slow[name].A for name in self.weights}
         tensors |= {f"{name}.slow_B": slow[name].B for name in self.weights}
-        tensors |= {f"{name}.magnitude": magnitude for name, magnitude in (magnitudes or {}).items()}
+        tensors |= persistent or {}
         for key, tensor in tensors.items():
             if not torch.isfinite(tensor).all():
                 raise LedgerError(f"{self.directory}: {key} of expert {index} holds a number that is not finite")
@@ -124,13 +127,26 @@ class Ledger(LedgerFiles):
         Raises:
             LedgerError: as for `slow`.
         """
+        held = self.persistent(experts)
+        return {name: held[f"{name}.magnitude"] for name in self.weights if f"{name}.magnitude" in held}
+
+    def head(self, experts: int | None = None) -> dict[str, Tensor]:
+        """A trained task head's parts (`weight`, `bias`) after so many experts; {} where none is trained.
+
+        Raises:
+            LedgerError: as for `slow`.
+        """
+        held = self.persistent(experts)
+        return {key.removeprefix("head."): tensor for key, tensor in held.items() if key.startswith("head.")}
+
+    def persistent(self, experts: int | None = None) -> dict[str, Tensor]:
+        """What was trained outside the cascade, by its key in the expert's file; {} before the first expert closed."""
         count = len(self.first(experts))
         if count == 0:
             return {}
+        pairs = {f"{name}.{part}" for name in self.weights for part in ("slow_A", "slow_B")}
         with self.expert_file(count) as file:
-            held = set(file.keys())
-            names = [name for name in self.weights if f"{name}.magnitude" in held]
-            return {name: file.get_tensor(f"{name}.magnitude") for name in names}
+            return {key: file.get_tensor(key) for key in sorted(set(file.keys()) - pairs)}
 
     def expert_file(self, experts: int) -> Any:
         """The open file of the last of so many experts."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any
 
@@ -29,6 +29,7 @@ __all__ = [
     "Slice",
     "detect",
     "failing_together",
+    "gathered",
     "overwriting",
     "place",
     "prepare_engine",
@@ -94,6 +95,15 @@ def place(accelerator: Accelerator, launch: Launch, model: nn.Module) -> nn.Modu
     if launch.stage == 3:
         return accelerator.prepare(model)
     return model.to(accelerator.device)
+
+
+def gathered(parameters: Sequence[nn.Parameter]) -> AbstractContextManager[Any]:
+    """Inside, parameters that `sharded_loading` has cut up are whole, to be read on every process."""
+    if not any(hasattr(parameter, "ds_id") for parameter in parameters):
+        return nullcontext()
+    from deepspeed.runtime.zero import GatheredParameters
+
+    return GatheredParameters(list(parameters))
 
 
 @contextmanager

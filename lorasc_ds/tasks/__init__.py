@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from lorasc_ds.image_task_config import ImageTextConfig
+from lorasc_ds.image_task_config import ImageNetConfig, ImagesConfig, ImageTextConfig
 from lorasc_ds.task_config import (
     AnswerConfig,
     BbhConfig,
@@ -27,6 +27,7 @@ from lorasc_ds.tasks.digits import digits
 from lorasc_ds.tasks.drop_few_shot import drop_few_shot
 from lorasc_ds.tasks.gsm8k import gsm8k
 from lorasc_ds.tasks.humaneval import humaneval
+from lorasc_ds.tasks.image_classes import imagenet, images
 from lorasc_ds.tasks.image_text import image_text
 from lorasc_ds.tasks.instructions import instructions
 from lorasc_ds.tasks.mezo import Request
@@ -69,6 +70,10 @@ def load_task(config: TaskConfig, seed: int, splits: Collection[str] = ("train",
             return drop_few_shot(**config.model_dump(exclude={"name"}))
         case HumanEvalConfig():
             return humaneval(**config.model_dump(exclude={"name"}))
+        case ImageNetConfig():
+            return imagenet(splits, **config.model_dump(exclude={"name"}))
+        case ImagesConfig():
+            return images(splits, **config.model_dump(exclude={"name"}))
 
 
 def requested(config: SampledData, seed: int, splits: Collection[str]) -> Request:

@@ -239,7 +239,7 @@ def entries_of(root: Path, folder: str, key: str, resolved: Path) -> Iterator[os
                     continue
                 path = os.path.join(folder, entry.name)
                 if entry.name != entry.name.encode(errors="replace").decode():
-                    raise DataError(f"{key} {str(root)!r}: the name {ascii(path)} is not UTF-8; rename it")
+                    raise DataError(f"{key} {str(root)!r}: the name {path!a} is not UTF-8; rename it")
                 if entry.is_symlink() and (entry.is_dir() or not Path(entry).resolve().is_relative_to(resolved)):
                     raise DataError(
                         f"{key} {str(root)!r}: {path!r} is a link to a folder, or out of this one: put the images"

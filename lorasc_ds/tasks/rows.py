@@ -267,8 +267,8 @@ ADVICE = {  # what the hub's message holds -> what to do
 }
 
 
-def hub_rows(dataset: str, config: str | None, split: str, revision: str | None) -> list[Row]:
-    """All rows of a split of a data set on the hub, in their order.
+def hub_split(dataset: str, config: str | None, split: str, revision: str | None) -> Any:
+    """A split of a data set on the hub, a `datasets.Dataset`.
 
     Raises:
         DataError: it cannot be had, for whatever reason; in one line with what to do.
@@ -276,7 +276,7 @@ def hub_rows(dataset: str, config: str | None, split: str, revision: str | None)
     import datasets
 
     try:
-        rows = list(datasets.load_dataset(dataset, config, split=split, revision=revision))
+        return datasets.load_dataset(dataset, config, split=split, revision=revision)
     except Exception as error:  # of many libraries, and none of them says which it raises
         found = [advice for part, advice in ADVICE.items() if part in f"{error}"]
         advice = found[0].format(dataset=dataset, config=config, split=split) if found else "try again"
@@ -284,6 +284,15 @@ def hub_rows(dataset: str, config: str | None, split: str, revision: str | None)
             f"split {split} of {dataset} cannot be had from the hub ({type(error).__name__}: {short(str(error))}):"
             f" {advice}, or set task.data_dir to a folder with the files of its original release"
         ) from error
+
+
+def hub_rows(dataset: str, config: str | None, split: str, revision: str | None) -> list[Row]:
+    """All rows of a split of a data set on the hub, in their order.
+
+    Raises:
+        DataError: it cannot be had.
+    """
+    rows = hub_split(dataset, config, split, revision)
     name = "/".join(part for part in (dataset, config, split) if part)
     return [Row(f"{name}:{number}", dict(row)) for number, row in enumerate(rows, start=1)]
 

@@ -1,0 +1,207 @@
+"""A model of images with the head that makes classes of what it sees (protocols section 6.3)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lorasc_ds.errors import ConfigError
+from lorasc_ds.images import Preprocessing
+from lorasc_ds.models import has_text_tower
+from lorasc_ds.sharding import gathered
+from lorasc_ds.tasks.base import Classes
+
+Head = Literal["prototypes", "text", "classifier"]
+PROMPTS_AT_ONCE = 512
+
+
+@dataclass(frozen=True, slots=True)
+class Prompts:
+    """The prompts of all classes as tokens, class by class.
+
+    Args:
+        ids, mask: int64 of (classes * templates, length); the mask is 1 where a text encoder looks.
+        templates: how many there are.
+    """
+
+    ids: Tensor
+    mask: Tensor | None
+    templates: int
+
+
+def prompts_of(classes: Classes, tokenizer: PreTrainedTokenizerBase, length: int) -> Prompts:
+    """Every class in every template, as the text tower reads them: padded to `length` where it has no mask.
+
+    Raises:
+        ConfigError: a prompt is longer than the tower's positions.
+    """
+    texts = [template.replace("{}", name) for name in classes.names for template in classes.templates]
+    masked = "attention_mask" in tokenizer.model_input_names
+    encoded = tokenizer(texts, padding=True if masked else "max_length", max_length=length, truncation=False)
+    ids = torch.tensor(encoded["input_ids"])
+    if ids.shape[1] > length:
+        longest = max(texts, key=len)
+        raise ConfigError(f"task.class_names: the prompt {longest!r} has more than the text tower's {length} tokens")
+    mask = torch.tensor(encoded["attention_mask"]) if masked else None
+    return Prompts(ids, mask, len(classes.templates))
+
+
+def head_of(classes: Classes, model: PreTrainedModel) -> Head:
+    """Which head the task means for this model.
+
+    Raises:
+        ConfigError: the model has no such one.
+    """
+    able = has_text_tower(model.config)
+    head = classes.head if classes.head != "auto" else "prototypes" if able else "classifier"
+    if able != (head != "classifier"):
+        has = "a text tower and no classifier: give prototypes" if able else "no text tower: give classifier"
+        raise ConfigError(f"task.head is {head}, but {type(model).__name__} has {has}, or auto")
+    if head == "text" and classes.train_head:
+        raise ConfigError(
+            "task.train_head is true, but task.head text is made of the text tower at every step: set false"
+        )
+    return head
+
+
+class ImageClassifier(nn.Module):
+    """Logits of an image's classes: what an engine is given in place of the bare model.
+
+    A model with a text tower: `exp(logit_scale) · f/‖f‖ · p`, with `f` the projected image feature and `p` the
+    normalised mean of the normalised features of the class's prompts, or a trained row that began so. Others: their
+    own classifier.
+
+    Args:
+        model: of kind `classes`.
+        classes: of the task that is trained or scored first.
+        how: gives the mean and the spread that pixels are normalised by.
+        prompts: of the classes, where the head is made of text.
+
+    Raises:
+        ConfigError: see `head_of`; or the model's classifier is no linear layer.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, classes: Classes, how: Preprocessing, prompts: Prompts | None = None
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.kind = head_of(classes, model)
+        self.scale = 1.0 if self.kind == "classifier" else scale_of(model)
+        self.mean, self.std = torch.tensor(how.mean), torch.tensor(how.std)
+        self.rows: Tensor | None = None  # of the head, where it is neither trained nor the model's: (classes, features)
+        self.bias: Tensor | None = None
+        self.head: nn.Linear | None = None
+        if self.kind == "prototypes" and classes.train_head:
+            self.head = float32_linear(model, features_of(model), len(classes.names))
+        elif self.kind == "classifier" and classes.train_head:
+            self.head = own_classifier(model)
+        self.turn_to(classes, prompts)
+
+    def turn_to(self, classes: Classes, prompts: Prompts | None) -> None:
+        """From now on tell these classes apart; the rows of a head made of text are made anew by `make_rows`."""
+        self.subset = None if classes.subset is None else torch.tensor(classes.subset)
+        self.prompts = prompts
+        self.rows = self.bias = None
+
+    @property
+    def trained(self) -> dict[str, nn.Parameter]:
+        """The parts of the head that are trained."""
+        return {} if self.head is None else {"weight": self.head.weight, "bias": self.head.bias}
+
+    def train(self, mode: bool = True) -> ImageClassifier:
+        if self.kind == "text":
+            self.rows = None  # the text tower may have changed
+        return super().train(mode)
+
+    def forward(self, pixels: Tensor | None) -> Tensor:
+        """
+        Args:
+            pixels: uint8 of (images, 3, height, width), not normalised. None: the rows of the prompts are wanted, which
+                asks the text tower through an engine too.
+
+        Returns:
+            float32 of (images, classes): of the task's subset of them, where it has one.
+        """
+        if pixels is None:
+            return self.text_rows()
+        mean, std = (one.to(pixels.device)[:, None, None] for one in (self.mean, self.std))
+        values = ((pixels.float() / 255 - mean) / std).to(self.model.dtype)
+        logits = self.logits_of(values)
+        return logits if self.subset is None else logits[:, self.subset.to(logits.device)]
+
+    def logits_of(self, values: Tensor) -> Tensor:
+        """Of all classes, from normalised pixels."""
+        model: Any = self.model
+        if self.kind == "classifier":
+            return model(pixel_values=values).logits.float()
+        features = functional.normalize(model.get_image_features(pixel_values=values).pooler_output.float(), dim=-1)
+        if self.head is not None:
+            return self.head(features)
+        rows = self.rows
+        if rows is None:
+            rows = self.text_rows()
+            if not self.training:
+                self.rows = rows
+        return functional.linear(features, rows, self.bias)
+
+    def text_rows(self) -> Tensor:
+        """`scale` times each class's prototype: float32 of (classes, features)."""
+        prompts = self.prompts
+        assert prompts is not None
+        model: Any = self.model
+        device = next(model.parameters()).device
+        parts = []
+        for at in range(0, len(prompts.ids), PROMPTS_AT_ONCE):
+            chosen = slice(at, at + PROMPTS_AT_ONCE)
+            mask = None if prompts.mask is None else prompts.mask[chosen].to(device)
+            found = model.get_text_features(input_ids=prompts.ids[chosen].to(device), attention_mask=mask)
+            parts.append(functional.normalize(found.pooler_output.float(), dim=-1))
+        features = torch.cat(parts)
+        means = features.view(-1, prompts.templates, features.shape[-1]).mean(dim=1)
+        return self.scale * functional.normalize(means, dim=-1)
+
+
+def float32_linear(model: PreTrainedModel, features: int, classes: int) -> nn.Linear:
+    """On the device of the model's parameters, so that a shape stays one."""
+    device = next(model.parameters()).device
+    return nn.Linear(features, classes, device=device, dtype=torch.float32)
+
+
+def features_of(model: PreTrainedModel) -> int:
+    """Features of an image, beside which texts are embedded."""
+    found = getattr(model.config, "projection_dim", None)
+    return found if found is not None else model.config.vision_config.hidden_size  # SigLIP projects nothing
+
+
+def scale_of(model: Any) -> float:
+    """`exp(logit_scale)`; 1 on the meta device."""
+    if model.logit_scale.is_meta:
+        return 1.0
+    with gathered([model.logit_scale]):
+        return float(model.logit_scale.float().exp())
+
+
+def own_classifier(model: PreTrainedModel) -> nn.Linear:
+    """Put a trained float32 copy in the place of the model's classifier; what it reads is cast.
+
+    Raises:
+        ConfigError: it has no linear one.
+    """
+    found = getattr(model, "classifier", None)
+    if not isinstance(found, nn.Linear):
+        raise ConfigError(
+            f"task.train_head is true, but {type(model).__name__} has no linear layer called classifier: set it false"
+        )
+    head = float32_linear(model, found.in_features, found.out_features)
+    with gathered(list(found.parameters())), torch.no_grad():
+        head.weight.copy_(found.weight)
+        head.bias.zero_() if found.bias is None else head.bias.copy_(found.bias)
+    head.register_forward_pre_hook(lambda layer, inputs: (inputs[0].float(),))
+    model.set_submodule("classifier", head)
+    return head

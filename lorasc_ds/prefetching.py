@@ -1,0 +1,80 @@
+"""Batches that worker processes make ahead of their use, in order; torch's DataLoader keeps the workers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Generic, TypeVar, cast
+
+from torch.utils.data import DataLoader, Dataset
+
+from lorasc_ds.errors import RunError
+
+T = TypeVar("T")
+AHEAD = 2  # batches of every worker
+
+
+class Made(Dataset[T | RunError], Generic[T]):
+    """What `make` makes of a number; an error that a user can mend is handed over, for a traceback is no line."""
+
+    def __init__(self, make: Callable[[int], T]) -> None:
+        self.make = make
+
+    def __getitem__(self, number: int) -> T | RunError:
+        try:
+            return self.make(number)
+        except RunError as error:
+            return error
+
+
+def prefetched(make: Callable[[int], T], numbers: Sequence[int], workers: int) -> Iterator[T]:
+    """What `make` makes of every number, in their order.
+
+    Args:
+        workers: processes, forked from this one; 0: this process makes them when they are asked for.
+
+    Raises:
+        RunError: that `make` raised.
+    """
+    if not workers or len(numbers) < 2:
+        yield from map(make, numbers)
+        return
+    loader = DataLoader(
+        Made(make),
+        batch_size=None,
+        sampler=numbers,
+        num_workers=min(workers, len(numbers)),
+        prefetch_factor=AHEAD,
+        multiprocessing_context="fork",  # they share what is in memory, and need no import
+        collate_fn=as_it_is,
+    )
+    for one in loader:
+        if isinstance(one, RunError):
+            raise one
+        yield cast(T, one)
+
+
+def as_it_is(one: T) -> T:
+    return one
+
+
+class Ahead(Generic[T]):
+    """What `make` makes of 0, 1, 2, ..., made ahead as long as one after the other is asked for.
+
+    Args:
+        end: there are no more than this.
+    """
+
+    def __init__(self, make: Callable[[int], T], end: int, workers: int) -> None:
+        self.make = make
+        self.end = end
+        self.workers = workers
+        self.next = -1
+        self.made: Iterator[T] = iter(())
+
+    def __call__(self, number: int) -> T:
+        if not self.workers:
+            return self.make(number)
+        if number != self.next:
+            self.made = prefetched(self.make, range(number, self.end), self.workers)
+        self.next = number + 1
+        return next(self.made)

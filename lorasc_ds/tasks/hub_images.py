@@ -1,0 +1,101 @@
+"""Images of a data set on the hub, as sequences of examples that are made when they are asked for."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lorasc_ds.errors import DataError
+from lorasc_ds.tasks.images import FileImage, LabelledImages, StoredImage
+from lorasc_ds.tasks.rows import hub_split
+
+DIGESTED = 16  # images of a split that its digest looks at: reading all of ImageNet takes an hour
+
+
+@dataclass(frozen=True, slots=True)
+class HubImage:
+    """An encoded image in a column; another process is sent its bytes, not the data set.
+
+    Args:
+        rows: a `datasets.Dataset`.
+    """
+
+    name: str
+    rows: Any
+    column: str
+    row: int
+
+    def read(self) -> bytes:
+        return self.rows.data.column(self.column)[self.row]["bytes"].as_py()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return StoredImage, (self.name, self.read())
+
+
+@dataclass(frozen=True, slots=True)
+class HubPart:
+    """The images of a split.
+
+    Args:
+        rows: a `datasets.Dataset` whose images are not decoded.
+    """
+
+    rows: Any
+    column: str
+    labels: NDArray[np.int32]
+    named: str
+    sha256: str
+    group: str = ""
+
+    def image(self, row: int) -> HubImage | FileImage:
+        return image_of(self.rows, self.column, row, self.named)
+
+
+def image_of(rows: Any, column: str, row: int, named: str) -> HubImage | FileImage:
+    name, cell = f"{named}:{row + 1}", rows.data.column(column)[row]
+    if cell.is_valid and not cell["bytes"].is_valid and cell["path"].is_valid:
+        return FileImage(name, cell["path"].as_py())
+    return HubImage(name, rows, column, row)
+
+
+def hub_images(
+    dataset: str, split: str, revision: str | None, image_column: str, label_column: str
+) -> tuple[LabelledImages, tuple[str, ...]]:
+    """The images of a split, and the names of the classes, which are numbers where the data set has none.
+
+    Raises:
+        DataError: the split cannot be had, or a column is missing or not of images or labels.
+    """
+    import datasets
+
+    rows, named = hub_split(dataset, None, split, revision), f"{dataset}/{split}"
+    if not isinstance(rows.features.get(image_column), datasets.Image):
+        raise no_column(named, "image_column", image_column, "images", rows)
+    feature = rows.features.get(label_column)
+    whole = isinstance(feature, datasets.ClassLabel) or str(getattr(feature, "dtype", "")).startswith(("int", "uint"))
+    if not whole:
+        raise no_column(named, "label_column", label_column, "classes (ClassLabel, or whole numbers)", rows)
+    rows = rows.cast_column(image_column, datasets.Image(decode=False))
+    labels = np.array([-1 if label is None else label for label in rows[label_column]], dtype=np.int64)
+    if not len(labels):
+        raise DataError(f"{named} has no row: give a split with images")
+    if labels.min() < 0:
+        raise DataError(
+            f"{named}:{int(labels.argmin()) + 1} has no class in column {label_column!r}: give a split whose classes"
+            " are public"
+        )
+    names = feature.names if isinstance(feature, datasets.ClassLabel) else map(str, range(int(labels.max()) + 1))
+    digest = hashlib.sha256(labels.astype("<i8").tobytes())
+    for row in np.linspace(0, len(labels) - 1, min(DIGESTED, len(labels))).astype(int):
+        digest.update(hashlib.sha256(image_of(rows, image_column, int(row), named).read()).digest())
+    part = HubPart(rows, image_column, labels.astype(np.int32), named, digest.hexdigest())
+    return LabelledImages([part]), tuple(names)
+
+
+def no_column(named: str, key: str, column: str, of: str, rows: Any) -> DataError:
+    columns = ", ".join(rows.column_names)
+    return DataError(f"{named} has no column {column!r} of {of}; it has {columns}: set task.{key} to one of them")

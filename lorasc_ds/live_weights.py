@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from lorasc_ds.adapters import AdaptedWeight, backbone_items
 from lorasc_ds.algorithm import experts, merge
@@ -343,7 +343,11 @@ class LiveWeights:
         return shipped_weight(weight, magnitude) if self.processes.main else weight
 
     def save(
-        self, model: PreTrainedModel, directory: Path, tokenizer: PreTrainedTokenizerBase | None, sha256: str
+        self,
+        model: PreTrainedModel,
+        directory: Path,
+        tokenizer: PreTrainedTokenizerBase | ProcessorMixin | None,
+        sha256: str,
     ) -> None:
         """Write the merged model as a plain Hugging Face one, from the main process.
 

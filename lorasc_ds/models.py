@@ -286,7 +286,7 @@ def vocabulary_size(model: PreTrainedModel) -> int:
 def save_model(
     model: PreTrainedModel,
     backbone: dict[str, Tensor],
-    tokenizer: PreTrainedTokenizerBase | None,
+    tokenizer: PreTrainedTokenizerBase | ProcessorMixin | None,
     directory: Path,
     check: Callable[[Path], None],
 ) -> None:

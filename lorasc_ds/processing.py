@@ -108,7 +108,9 @@ class ImageTextProcessor:
         Raises:
             DataError: an image cannot be read any more.
         """
-        found = self.processor.image_processor(images=[list(map(reread, row.images)) for row in rows], return_tensors="pt")
+        found = self.processor.image_processor(
+            images=[list(map(reread, row.images)) for row in rows], return_tensors="pt"
+        )
         return {name: value for name, value in found.items() if name not in self.processor.unused_input_names}
 
 

@@ -73,13 +73,16 @@ def appearing_whole(directory: Path) -> Iterator[Path]:
 
 
 def write_merged(run: ExportedRun, options: ExportOptions, folder: Path) -> Facts:
-    """A plain Hugging Face model with its tokenizer."""
+    """A plain Hugging Face model with its tokenizer or processor."""
     ledger = run.ledger
     base = open_pretrained(run.model, {*ledger.weights, *ledger.noised})
     replay = Replay(run, base.tensor)
     write_model(folder, base.model, base.layout, replay, options.max_shard_size)
     replay.finish()
-    models.load_tokenizer(run.model).save_pretrained(folder)
+    if models.kind_of(run.model, base.model.config) == "image_text":
+        models.load_processor(run.model).save_pretrained(folder)  # its tokenizer is in it
+    else:
+        models.load_tokenizer(run.model).save_pretrained(folder)
     facts = {"noise": "in the weights" if run.noise and run.has_noise else noise_left_out(run)}
     facts["digest"] = checked_digest(run, folder)
     return facts | ({"base": f"loaded whole, since {base.loaded}"} if base.loaded else {})

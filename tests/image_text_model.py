@@ -27,6 +27,7 @@ from transformers import (
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from lorasc_ds.tasks.digits import DOMAINS, load_images
+from lorasc_ds.train import main as run
 
 SIDE, PATCH = 16, 8  # pixels
 KNOWN = 1000  # images that the model is trained on
@@ -145,6 +146,11 @@ def write(folder: Path, steps: int = STEPS) -> None:
     for domain in ("upright", "mirrored"):
         write_rows(folder / domain, domain, range(KNOWN, KNOWN + 240), "train")
         write_rows(folder / domain, domain, range(KNOWN + 300, KNOWN + 450), "test")
+
+
+def train(*arguments: str) -> int:
+    """The command."""
+    return run(list(arguments), Path(__file__).parents[1] / "launch" / "recipes" / "quickstart.yaml")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
 from lorasc_ds import models
@@ -230,6 +229,6 @@ def loader(run: ExportedRun, kind: str, folder: Path) -> Callable[[], nn.Module]
     """Loads the export as a user does."""
 
     def merged() -> nn.Module:
-        return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=run.model.trust_remote_code)
+        return models.auto_class(run.model, models.load_architecture(run.model)).from_pretrained(folder, trust_remote_code=run.model.trust_remote_code)
 
     return merged if kind == "merged" else lambda: with_adapter(models.load_model(run.model), folder)

@@ -86,7 +86,8 @@ def texts_of(encoder: Encoder, example: Example) -> tuple[str, str, bool]:
         if example.images:
             raise ConfigError(
                 f"task {encoder.task.name} has images, but the model of model.name_or_path reads text alone: name a"
-                " vision-language model, or set task.use_images false"
+                " vision-language model (with model.kind image_text where it is known as a language model too), or set"
+                " task.use_images false"
             )
         return example.prompt, example.texts[0], False
     if not (example.messages and processor.has_template):

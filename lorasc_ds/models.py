@@ -178,6 +178,9 @@ def load_model(config: ModelConfig, labels: int | None = None) -> PreTrainedMode
                 f"model.name_or_path {config.name_or_path}: {len(absent)} weights of {type(model).__name__} are not in"
                 f" its files ({', '.join(absent[:3])}): they would be random; give a complete checkpoint"
             )
+    # ZeRO-3's loader keeps the renamings that no name of the files needed, too; reverted, they would make other names.
+    if getattr(model, "_weight_conversions", None) is not None:
+        model._weight_conversions = [one for one in model._weight_conversions if one.was_used()]
     return model
 
 

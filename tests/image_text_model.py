@@ -31,7 +31,7 @@ from lorasc_ds.train import main as run
 
 SIDE, PATCH = 16, 8  # pixels
 KNOWN = 1000  # images that the model is trained on
-STEPS, BATCH, LEARNING_RATE = 150, 64, 8e-3
+STEPS, BATCH, LEARNING_RATE = 120, 64, 8e-3
 QUESTIONS = {
     "which digit ?": str,
     "is it even ?": lambda digit: "no" if digit % 2 else "yes",

@@ -246,7 +246,7 @@ def test_long_rows_bad_images_and_models_of_text_are_refused(known: Path, write:
     file = write(good)
     with pytest.raises(DataError, match=r"rows\.jsonl:1: 11 tokens, but there is room for 8, and a row with images is"):
         encoder_of(known, task_of(file, max_new_tokens=4), max_length=12).encode()
-    with pytest.raises(ConfigError, match=r"reads text alone: name a vision-language model, or set task\.use_images"):
+    with pytest.raises(ConfigError, match=r"reads text alone: name a vision-language model"):
         encoder_of(known, task_of(file), processor=None).encode()
     blind = encoder_of(known, task_of(file, use_images=False), processor=None).encode()["train"][0]
     assert (blind.target.scored, blind.visuals) == (2, None)
@@ -315,7 +315,7 @@ def settings_of(known: Path, **changed: Any) -> list[str]:
         "training.micro_batch_size": 4,
         "training.eval_batch_size": 64,
         "training.learning_rate": 0.02,
-        "training.log_steps": 1,
+        "tracking.log_steps": 1,
         "training.evaluate": "end",
         "cascade.noise_intensity": 0.1,
         "tracking.tensorboard": "false",
@@ -373,7 +373,6 @@ def test_zero_3_makes_the_same_run(runs: dict[str, Path], known: Path) -> None:
     alone, cut_up = ([event["loss"] for event in events(runs[name], "step")] for name in ("images", "zero3"))
     assert len(alone) == 100
     assert cut_up == pytest.approx(alone, rel=1e-4, abs=1e-4)
-    assert summary_of(runs["zero3"])["engine"].startswith("zero3") or True
     for name in ("images", "zero3"):
         ledger = Ledger.load(runs[name] / "ledger")
         base = base_weights(known / "model", list(ledger.weights))
@@ -403,7 +402,7 @@ def test_what_ships_is_loaded_with_its_processor_and_answers_the_same(runs: dict
 def test_evaluate_and_export_read_the_run(runs: dict[str, Path], tmp_path: Path, capsys: Any) -> None:
     run = runs["images"]
     exported = tmp_path / "exported"
-    assert export.main([str(run), "--as=merged", f"--output_dir={exported}", "--compare=false"]) == 0
+    assert export.main([str(run), "--as=merged", f"--output_dir={exported}", "--compare=true"]) == 0
     of_task = [f"--image_text.{key}={value}" for key, value in summary_settings(run).items()]
     assert evaluate.main([str(run), f"--output_dir={tmp_path / 'run'}", "--records"]) == 0
     flags = ["--tasks=image_text", *of_task, "--dtype=float32", f"--output_dir={tmp_path / 'model'}"]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -96,11 +99,10 @@ class ImageClassifier(nn.Module):
         self.mean, self.std = torch.tensor(how.mean), torch.tensor(how.std)
         self.rows: Tensor | None = None  # of the head, where it is neither trained nor the model's: (classes, features)
         self.bias: Tensor | None = None
-        self.head: nn.Linear | None = None
-        if self.kind == "prototypes" and classes.train_head:
-            self.head = float32_linear(model, features_of(model), len(classes.names))
-        elif self.kind == "classifier" and classes.train_head:
-            self.head = own_classifier(model)
+        self.head: nn.Linear | None = None  # that is trained
+        if classes.train_head:
+            new = self.kind == "prototypes"
+            self.head = float32_linear(model, features_of(model), len(classes.names)) if new else own_classifier(model)
         self.turn_to(classes, prompts)
 
     def turn_to(self, classes: Classes, prompts: Prompts | None) -> None:
@@ -112,7 +114,7 @@ class ImageClassifier(nn.Module):
     @property
     def trained(self) -> dict[str, nn.Parameter]:
         """The parts of the head that are trained."""
-        return {} if self.head is None else {"weight": self.head.weight, "bias": self.head.bias}
+        return {} if self.head is None else dict(self.head.named_parameters())
 
     def train(self, mode: bool = True) -> ImageClassifier:
         if self.kind == "text":
@@ -179,6 +181,30 @@ def features_of(model: PreTrainedModel) -> int:
     return found if found is not None else model.config.vision_config.hidden_size  # SigLIP projects nothing
 
 
+HEAD_FILE = "head.safetensors"  # beside a model whose own files have no place for the head
+
+
+@dataclass(frozen=True, slots=True)
+class SavedHead:
+    """A trained head of prototypes, beside its model.
+
+    Args:
+        parts: `weight`, float32 of (classes, features), with the scale in it, and `bias`, (classes,); in the order of
+            the task's classes.
+    """
+
+    parts: Mapping[str, Tensor]
+
+    def save_pretrained(self, folder: Path) -> None:
+        parts = {part: tensor.detach().cpu().contiguous() for part, tensor in self.parts.items()}
+        save_file(parts, folder / HEAD_FILE)
+
+
+def read_head(folder: Path) -> dict[str, Tensor]:
+    """The trained head beside a model, {} where there is none."""
+    return load_file(folder / HEAD_FILE) if (folder / HEAD_FILE).is_file() else {}
+
+
 def scale_of(model: Any) -> float:
     """`exp(logit_scale)`; 1 on the meta device."""
     if model.logit_scale.is_meta:
@@ -205,3 +231,33 @@ def own_classifier(model: PreTrainedModel) -> nn.Linear:
     head.register_forward_pre_hook(lambda layer, inputs: (inputs[0].float(),))
     model.set_submodule("classifier", head)
     return head
+
+
+def make_rows(
+    network: ImageClassifier, engine: nn.Module, write: Callable[[str, Tensor], None] = lambda part, value: None
+) -> None:
+    """Make prototypes by the live text tower, and write them where they are trained.
+
+    Args:
+        engine: what a forward pass of `network` goes through.
+        write: sets a part of a trained head, wherever it lives.
+    """
+    if network.kind != "prototypes":
+        return
+    training = network.training
+    engine.eval()
+    with torch.no_grad():
+        rows = engine(None)
+    engine.train(training)
+    if network.head is None:
+        network.rows = rows
+    else:
+        write("weight", rows)
+        write("bias", torch.zeros(len(rows), device=rows.device))
+
+
+def with_head(network: ImageClassifier, head: Mapping[str, Tensor]) -> ImageClassifier:
+    """A network that is only scored, with the head that a run trained: (classes, features) and (classes,)."""
+    device = next(network.model.parameters()).device
+    network.rows, network.bias = head["weight"].to(device), head["bias"].to(device)
+    return network

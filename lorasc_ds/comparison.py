@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import cast
 
 import psutil
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from lorasc_ds import models
 from lorasc_ds.cascade import relative_change
+from lorasc_ds.classifier import make_rows, with_head
 from lorasc_ds.config import ModelConfig
 from lorasc_ds.evaluation import evaluate, evaluation_mode, for_the_loss_alone
 from lorasc_ds.exported_run import ExportedRun, Replay
-from lorasc_ds.objectives import scored_logits
+from lorasc_ds.image_reading import ImageReading
+from lorasc_ds.objectives import probe_logits
 from lorasc_ds.preparation import Preparation, prepare
 from lorasc_ds.pretrained import saved_tensors
 from lorasc_ds.sharding import Processes
@@ -75,22 +79,40 @@ def compare(run: ExportedRun, load: Callable[[], nn.Module]) -> Comparison:
     """
     preparation = prepare(run.config.model_copy(update={"model": run.model}))
     device = device_for(preparation.shape)
-    live_logits, live_loss = measured(live_model(run).to(device), preparation, device)
-    logits, loss = measured(load().to(device), preparation, device)
+
+    def of(model: nn.Module) -> tuple[Tensor, float]:
+        model.to(device)
+        return measured(network_of(cast(PreTrainedModel, model), run, preparation), preparation, device)
+
+    live_logits, live_loss = of(live_model(run))
+    logits, loss = of(load())
     return Comparison(relative_change(live_logits, logits), live_loss, loss)
+
+
+def network_of(model: PreTrainedModel, run: ExportedRun, preparation: Preparation) -> nn.Module:
+    """What makes logits of the run's examples: the model, of images with the run's head."""
+    reading = preparation.reading
+    if not isinstance(reading, ImageReading):
+        return model
+    scored = replace(reading, classes=replace(reading.classes, train_head=False))
+    network = scored.network(model)
+    if run.head and reading.head == "prototypes":
+        return with_head(network, run.head)
+    make_rows(network, network)
+    return network
 
 
 def measured(model: nn.Module, preparation: Preparation, device: torch.device) -> tuple[Tensor, float]:
     """Logits of a few dev examples, float32 of (tokens, vocabulary), and the loss on all of them."""
-    dev, task, data = preparation.splits["dev"], preparation.task, preparation.data
+    dev, task = preparation.splits["dev"], preparation.task
     with evaluation_mode(model):
-        logits = scored_logits(model, data.collate(dev[:EXAMPLES]).last_scored(TOKENS).to(device))
+        logits = probe_logits(model, preparation.reading.probe("dev", EXAMPLES, TOKENS).to(device))
     scores = evaluate(
         model,
         task,
         {"dev": for_the_loss_alone(dev, task)},
         batch_size=preparation.config.training.eval_batch_size,
-        layout=data.layout,
+        layout=preparation.reading.layout,
         processes=Processes(0, 1, device),
     )
     return logits.cpu(), scores["dev"]["loss"]

@@ -66,6 +66,12 @@ class ModelConfig(Section):
         description="text: a causal language model; image_text: a vision-language model; classes: a model of images,"
         " with a text tower or with a classifier; auto: the first of these that its configuration has.",
     )
+    labels: int | None = Field(
+        default=None,
+        ge=2,
+        description="Outputs of a new, random classifier on a model of images; null: those of its files, or one a class"
+        " where task.train_head is true.",
+    )
     trust_remote_code: bool = Field(default=False, description="Run Python code that comes with the model.")
 
 

@@ -11,7 +11,7 @@ from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import accumulate
-from typing import Generic, Protocol, TypeVar
+from typing import ClassVar, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -160,6 +160,15 @@ class Batch:
     input_tokens: int
     images: Mapping[str, Tensor] = field(default_factory=dict)
 
+    unreadable: ClassVar[tuple[str, ...]] = ()
+    also_lower: ClassVar[str] = " or training.max_length"
+
+    @property
+    def size(self) -> str:
+        """In words, for an error."""
+        rows, length = self.input_ids.shape
+        return f"{rows} sequences of {length} tokens"
+
     @property
     def scored_tokens(self) -> int:
         return len(self.token_target)
@@ -229,6 +238,13 @@ def collate(examples: Sequence[Sequence[ScoredTokens]], gold: Sequence[int], lay
         input_tokens=int(lengths.sum()),
         images=image_inputs([found[members[0]].visuals for members in rows], length, layout.pixels),
     )
+
+
+def batch_for(loss: str, examples: Sequence[EncodedExample], layout: Layout) -> Batch:
+    """What a loss is made of: the right answers (`lm`), or all candidates (`classification`)."""
+    if loss == "lm":
+        return collate([[example.target] for example in examples], [0] * len(examples), layout)
+    return collate([e.candidates for e in examples], [e.gold[0] for e in examples], layout)
 
 
 @dataclass(frozen=True, slots=True)
@@ -352,9 +368,7 @@ class TrainingSequences(TrainingData[EncodedExample, Batch]):
         return taken(self.examples, positions)
 
     def collate(self, examples: Sequence[EncodedExample], step: int = 0, first: int = 0) -> Batch:
-        if self.loss == "lm":
-            return collate([[example.target] for example in examples], [0] * len(examples), self.layout)
-        return collate([e.candidates for e in examples], [e.gold[0] for e in examples], self.layout)
+        return batch_for(self.loss, examples, self.layout)
 
     def normaliser(self, examples: Sequence[EncodedExample]) -> int:
         if self.loss == "lm":

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from lorasc_ds.activations import activation_bytes, evaluation_bytes
 from lorasc_ds.duration import duration_lines
 from lorasc_ds.memory import (
     FREE_SHARE,
     GIB,
     SHIPPED,
     Memory,
-    activation_bytes,
     bytes_of,
     engines,
-    evaluation_bytes,
     memory_plan,
     tensors_of,
 )
 from lorasc_ds.preparation import Preparation
-from lorasc_ds.preview import short_lines
+from lorasc_ds.preview import image_lines, short_lines
+from lorasc_ds.text_reading import TextReading
 
 PREVIEWED_EXAMPLES = 3
 SHOWN_EXPERTS = 3
@@ -115,6 +115,10 @@ def step_lines(preparation: Preparation) -> Iterator[str]:
 
 
 def preview_lines(preparation: Preparation) -> Iterator[str]:
-    yield f"the first {PREVIEWED_EXAMPLES} training examples; what is scored stands between [[ and ]]"
-    examples = preparation.splits["train"][:PREVIEWED_EXAMPLES]
-    yield from short_lines(preparation.tokenizer, examples, preparation.task.loss)
+    reading = preparation.reading
+    if isinstance(reading, TextReading):
+        yield f"the first {PREVIEWED_EXAMPLES} training examples; what is scored stands between [[ and ]]"
+        yield from short_lines(reading.tokenizer, reading.splits["train"][:PREVIEWED_EXAMPLES], preparation.task.loss)
+    else:
+        yield f"the first {PREVIEWED_EXAMPLES} training images and their classes"
+        yield from image_lines(reading.splits["train"], reading.classes, PREVIEWED_EXAMPLES)

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from lorasc_ds.data import trees_of
 from lorasc_ds.encoding import EncodedExample
+from lorasc_ds.image_reading import ImageReading
 from lorasc_ds.models import forward_parameters
 from lorasc_ds.preparation import Preparation
 from lorasc_ds.streaming import looked_at
@@ -45,20 +46,25 @@ def tokens_of(examples: Sequence[EncodedExample], share_prefixes: bool) -> int:
 
 def training_tokens(preparation: Preparation) -> int:
     """Tokens of all optimizer steps, padding and recomputation not counted."""
-    data = preparation.data
-    seen = looked_at(data.examples)
+    data, reading = preparation.data, preparation.reading
+    epochs = preparation.plan.steps / data.steps_per_epoch
+    if isinstance(reading, ImageReading):
+        return round(epochs * len(data.examples) * reading.tokens(preparation.shape))
+    seen = looked_at(reading.splits["train"])
     if preparation.task.loss == "lm":
         tokens = sum(len(example.target.ids) - 1 for example in seen)
     else:
-        tokens = tokens_of(seen, data.layout.share_prefixes)
-    epochs = preparation.plan.steps / data.steps_per_epoch
+        tokens = tokens_of(seen, reading.layout.share_prefixes)
     return round(epochs * tokens * len(data.examples) / len(seen))
 
 
 def scored_tokens(preparation: Preparation) -> int:
     """Tokens of one evaluation of every split, prompts of answers included."""
-    shared = preparation.data.layout.share_prefixes
-    splits = [preparation.splits[split] for split in preparation.task.evaluation_splits]
+    reading = preparation.reading
+    scored = preparation.task.evaluation_splits
+    if isinstance(reading, ImageReading):
+        return sum(len(reading.splits[split]) for split in scored) * reading.tokens(preparation.shape)
+    shared, splits = reading.layout.share_prefixes, [reading.splits[split] for split in scored]
     return sum(tokens_of(examples, shared) + sum(len(e.prompt) for e in examples) for examples in splits)
 
 
@@ -73,17 +79,25 @@ def generation_steps(preparation: Preparation) -> int:
     return 0 if generation is None else evaluation_batches(preparation) * generation.max_new_tokens
 
 
+def work_of(preparation: Preparation) -> tuple[int, int]:
+    """Parameters that every token is multiplied by, and layers that it passes."""
+    shape, reading = preparation.shape, preparation.reading
+    if isinstance(reading, ImageReading):
+        return reading.parameters(shape), reading.tower(shape).num_hidden_layers
+    return forward_parameters(shape), shape.config.get_text_config().num_hidden_layers
+
+
 def seconds(preparation: Preparation, tokens: int, passes: int) -> float:
     """Of forward passes over so many tokens."""
     rate = REACHED * OPERATIONS[preparation.config.model.dtype]
-    layers = preparation.shape.config.get_text_config().num_hidden_layers
-    return max(2 * forward_parameters(preparation.shape) * tokens / rate, passes * layers * LAYER_SECONDS)
+    parameters, layers = work_of(preparation)
+    return max(2 * parameters * tokens / rate, passes * layers * LAYER_SECONDS)
 
 
 def decoding_seconds(preparation: Preparation, steps: int) -> float:
     """Of steps of generation, which read all weights once each."""
-    size = BYTES[preparation.config.model.dtype] * forward_parameters(preparation.shape)
-    layers = preparation.shape.config.get_text_config().num_hidden_layers
+    parameters, layers = work_of(preparation)
+    size = BYTES[preparation.config.model.dtype] * parameters
     return steps * max(size / (REACHED * BANDWIDTH), layers * LAYER_SECONDS)
 
 

@@ -12,7 +12,17 @@ from typing import Any, Literal
 
 from lorasc_ds.cli import Parser, build_config, build_task, did_you_mean, load_yaml, meaning, task_fields
 from lorasc_ds.errors import ConfigError
+from lorasc_ds.robustness_report import COLUMNS
 from lorasc_ds.task_config import TaskConfig
+
+FOLDERS = {  # task -> names of its folder, without case and marks, where that is not the task's own; the surest first
+    "drop_few_shot": ("drop",),
+    "imagenet": ("imagenet", "imagenet1k", "ilsvrc2012", "ilsvrc"),
+    "imagenet_v2": ("imagenetv2matchedfrequencyformatval", "imagenetv2matchedfrequency", "imagenetv2"),
+    "imagenet_stylized": ("stylizedimagenet", "imagenetstylized", "imagenetstyle", "stylized"),
+    "imagenet_sketch": ("imagenetsketch", "sketch"),
+}
+OF_IMAGES = ("class_names", "templates", "head", "train_head", "unreadable")  # what all tasks on classes have
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +51,7 @@ class EvaluateOptions:
         tasks: settings by task.
         splits: what is scored, where a task has it; else all that it has but `train`.
         max_lengths: longest sequence in tokens by task; None: the task's.
-        limit: examples of every split and group; None: all.
+        limit: examples of every split and group, images of every class in it; None: all.
         records: whether to write `records.jsonl`.
     """
 
@@ -74,7 +84,12 @@ def make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("subject", metavar="SUBJECT", help="hub id or folder of a model, folder of a PEFT adapter, or run directory")
     add("--output_dir", type=Path, required=True, metavar="OUT", help="a folder that does not exist yet")
-    add("--tasks", metavar="NAME[,NAME]", help="what to score on (default: the task of the run)")
+    add(
+        "--tasks",
+        metavar="NAME[,NAME]",
+        help="what to score on (default: the task of the run); robustness: ImageNet, V2, C, R, A, Sketch and Stylized,"
+        " those that --data_dir has, or without it those that the hub has",
+    )
     add(
         "--data_dir",
         type=Path,
@@ -88,7 +103,15 @@ def make_parser() -> argparse.ArgumentParser:
     add("--trust_remote_code", action="store_true", help="run Python code that comes with the model")
     add("--dtype", choices=("float32", "bfloat16"), help="default: the run's; else bfloat16 on a GPU, float32 without")
     add("--splits", default="test", metavar="NAME[,NAME]", help="default: test, or all but train where there is none")
-    add("--limit", type=int, metavar="N", help="examples of every split, and of every subject in it (default: all)")
+    add(
+        "--limit",
+        type=int,
+        metavar="N",
+        help="examples of every split, and of every subject in it; images of every class, under every corruption and"
+        " severity (default: all)",
+    )
+    add("--class_names", metavar="FILE", help="for all tasks on images: names of the classes, a line each")
+    add("--templates", metavar="VALUE", help="for all tasks on images: openai, simple, or prompts of your own with {}")
     add("--batch_size", type=int, default=16, metavar="N", help="rows that the model reads at once (default: 16)")
     add(
         "--max_length", type=int, metavar="N", help="longest sequence in tokens (default: the run's own, or the task's)"
@@ -182,23 +205,58 @@ def settings_of_run(subject: str) -> dict[str, Any]:
 
 
 def tasks_of(options: argparse.Namespace, own: dict[str, Any], harness: bool) -> tuple[TaskConfig, ...]:
-    """The tasks that are asked for, with their settings: those of the run, `own`, for its own task."""
-    names = listed(options.tasks or ("" if harness else own.get("name", "")))
-    if not names and not harness:
+    """The tasks that are asked for, with their settings.
+
+    Those of the run, `own`, hold for its own task, and those of `OF_IMAGES` for all tasks on images.
+    """
+    asked = listed(options.tasks or ("" if harness else own.get("name", "")))
+    if not asked and not harness:
         raise ConfigError(f"--tasks is needed: {options.subject} is no run directory whose task could be taken")
+    each = [robustness_sets(options, own) if name == "robustness" else [name] for name in asked]
     fields = task_fields()
     found = []
-    for name in names:
+    for name in dict.fromkeys(name for names in each for name in names):
+        known = fields.get(name, {})
         settings = {key: value for key, value in own.items() if key != "name"} if own.get("name") == name else {}
+        if "class_names" in known and "class_names" in own:
+            foreign = name in COLUMNS and own["name"] not in COLUMNS  # its classes are not ImageNet's
+            settings = {key: own[key] for key in OF_IMAGES if not (foreign and key == "class_names")} | settings
         folder = folder_of(options.data_dir, name)
-        if folder is not None and "data_dir" in fields.get(name, {}):
+        if folder is not None and "data_dir" in known:
             settings = settings | {"data_dir": str(folder)}
         if name == "humaneval":
             settings = settings | {"confirm_run_unsafe_code": options.confirm_run_unsafe_code}
             settings = settings | ({"sandbox": options.sandbox} if options.sandbox else {})
-        given = {key: getattr(options, f"{name}.{key}") for key in fields.get(name, {})}
-        found.append(build_task(name, settings, {key: text for key, text in given.items() if text is not None}))
+        shared = {key: getattr(options, key) for key in ("class_names", "templates") if key in known}
+        given = {key: getattr(options, f"{name}.{key}") for key in known}
+        texts = {key: text for one in (shared, given) for key, text in one.items() if text is not None}
+        found.append(build_task(name, settings, texts))
+    if not any("class_names" in fields[task.name] for task in found):
+        for key in ("class_names", "templates"):
+            if getattr(options, key) is not None:
+                raise ConfigError(f"--{key} {getattr(options, key)}: none of the tasks is on images; leave it out")
     return tuple(found)
+
+
+def robustness_sets(options: argparse.Namespace, own: dict[str, Any]) -> list[str]:
+    """ImageNet and its robustness sets, those whose data is there.
+
+    Raises:
+        ConfigError: there is none.
+    """
+
+    def there(name: str) -> bool:
+        given = own.get("name") == name or getattr(options, f"{name}.data_dir") is not None
+        on_hub = name not in ("imagenet_c", "imagenet_stylized")
+        return given or (on_hub if options.data_dir is None else folder_of(options.data_dir, name) is not None)
+
+    found = [name for name in COLUMNS if there(name)]
+    if not found:
+        raise ConfigError(
+            f"--tasks robustness: --data_dir {options.data_dir} holds no folder like imagenet, imagenetv2, imagenet-c,"
+            " imagenet-r, imagenet-a, sketch or stylized-imagenet: give the folder that has them, or name the tasks"
+        )
+    return found
 
 
 def folder_of(data_dir: Path | None, task: str) -> Path | None:
@@ -207,6 +265,7 @@ def folder_of(data_dir: Path | None, task: str) -> Path | None:
         return None
     if not data_dir.is_dir():
         raise ConfigError(f"--data_dir {data_dir} is no folder: give one that holds a folder per task")
-    folders = [*sorted(data_dir.iterdir()), *sorted(data_dir.glob("*/*"))]
-    wanted = "drop" if task == "drop_few_shot" else task
-    return next((path for path in folders if path.is_dir() and re.sub(r"\W", "", path.name.lower()) == wanted), None)
+    folders = [path for pattern in ("*", "*/*") for path in sorted(data_dir.glob(pattern)) if path.is_dir()]
+    spelt = [(re.sub(r"[\W_]", "", path.name.lower()), path) for path in folders]
+    wanted = FOLDERS.get(task, (task.replace("_", ""),))
+    return next((path for name in wanted for one, path in spelt if one == name), None)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
+from functools import partial
 from statistics import fmean as mean
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,10 @@ from lorasc_ds.data import Layout, collate, trees_of
 from lorasc_ds.encoded import EncodedExample, ScoredTokens
 from lorasc_ds.errors import ConfigError
 from lorasc_ds.generation import Generator
+from lorasc_ds.image_data import ImageLayout
+from lorasc_ds.image_evaluation import class_scores
 from lorasc_ds.objectives import mean_log_probabilities, scored_logits, token_log_probabilities
+from lorasc_ds.scoring import Record, explaining_memory
 from lorasc_ds.sharding import Processes
 from lorasc_ds.tasks import Scores, Task
 
@@ -38,14 +42,14 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 def evaluate(
     model: nn.Module,
     task: Task,
-    splits: Mapping[str, Sequence[EncodedExample]],
+    splits: Mapping[str, Sequence[Any]],
     *,
     batch_size: int,
-    layout: Layout,
+    layout: Layout | ImageLayout,
     processes: Processes,
     poll: Callable[[], None] = lambda: None,
     generator: Generator | None = None,
-    record: Callable[[str, EncodedExample, Record], None] | None = None,
+    record: Callable[[str, Any, Record], None] | None = None,
 ) -> Scores:
     """Loss on every split but `train`, and the metrics of the task's kind.
 
@@ -60,7 +64,18 @@ def evaluate(
         record: called on the main process for every example, in the order of its split.
     """
 
-    def score(split: str, examples: Sequence[EncodedExample]) -> dict[str, float]:
+    def score(split: str, examples: Sequence[Any]) -> dict[str, float]:
+        if isinstance(layout, ImageLayout):
+            return class_scores(
+                model,
+                task,
+                examples,
+                batch_size=batch_size,
+                layout=layout,
+                processes=processes,
+                poll=poll,
+                record=None if record is None else partial(record, split),
+            )
         records = [Record() for _ in examples]
         scored = [at for at, example in enumerate(examples) if example.candidates]
         if scored:
@@ -82,29 +97,14 @@ def evaluate(
         return {split: score(split, examples) for split, examples in splits.items() if split != "train"}
 
 
-@contextmanager
-def explaining_memory(rows: int, length: int) -> Iterator[None]:
-    """Turns running out of an accelerator's memory into one line.
-
-    Raises:
-        ConfigError: it did.
-    """
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise ConfigError(
-            f"an evaluation ran out of memory on {rows} rows of {length} tokens: lower training.eval_batch_size"
-            " (--batch_size of launch/evaluate.py), or cut the model up by --deepspeed ds_configs/zero3.json"
-            f" ({' '.join(str(error).split())[:200]})"
-        ) from error
-
-
 def check_layout(model: nn.Module, layout: Layout, device: torch.device) -> None:
     """Try rows that sequences share: none may see another, and each must be as in a row of its own.
 
     Raises:
         ConfigError: the model does not heed what a token is told to see.
     """
+    if not layout.share_prefixes and not layout.pack:
+        return
 
     def logits_of_last(layout: Layout, *neighbours: int) -> Tensor:
         texts = (1, 2, 3, *neighbours, *neighbours, *neighbours), (1, 2, 3, *neighbours), (1, 2, 3, 5, 6, 7)
@@ -123,24 +123,6 @@ def check_layout(model: nn.Module, layout: Layout, device: torch.device) -> None
             f" this one does not (logits move by {max(float(leak), float(change)):.2g} of their standard deviation):"
             " set both false"
         )
-
-
-@dataclass(slots=True)
-class Record:
-    """What an evaluation found of one example.
-
-    Args:
-        loss, count: summed over what the loss is a mean of, and of how much it is.
-        prediction: the candidate that was chosen, or the text that was generated.
-        scores: mean log-probability of every candidate.
-        metrics: of the prediction, by name.
-    """
-
-    loss: float = 0.0
-    count: int = 0
-    prediction: int | str | None = None
-    scores: list[float] = field(default_factory=list)
-    metrics: dict[str, float] = field(default_factory=dict)
 
 
 def summary(task: Task, examples: Sequence[EncodedExample], records: Sequence[Record]) -> dict[str, float]:
@@ -164,10 +146,10 @@ def summary(task: Task, examples: Sequence[EncodedExample], records: Sequence[Re
     return found
 
 
-def for_the_loss_alone(examples: Sequence[EncodedExample], task: Task) -> list[EncodedExample]:
+def for_the_loss_alone(examples: Sequence[Any], task: Task) -> Sequence[Any]:
     """Examples whose evaluation gives the same loss with the fewest inputs; its accuracy is then of no use."""
     if task.loss == "classification":
-        return list(examples)
+        return examples
     return [replace(example, candidates=(example.target,), gold=(0,)) for example in examples]
 
 
@@ -204,7 +186,7 @@ def losses(
         chosen = [examples[at] for at in members]
         gold = [example.gold[0] for example in chosen]
         batch = collate([example.candidates for example in chosen], gold, layout).to(processes.device)
-        with explaining_memory(*batch.input_ids.shape):
+        with explaining_memory(batch.size):
             log_probabilities = token_log_probabilities(model, batch).double()
         scores = mean_log_probabilities(log_probabilities, batch)
         of_sequences = log_probabilities.new_zeros(sum(batch.candidates))
@@ -235,7 +217,8 @@ def answered(
     tokens = torch.zeros(len(examples), generation.max_new_tokens, dtype=torch.int64, device=processes.device)
     values: dict[int, dict[str, float]] = {}
     for mine, counts in in_turn(members, processes, poll):
-        with explaining_memory(len(mine), max(len(examples[at].prompt) for at in mine) + generation.max_new_tokens):
+        longest = max(len(examples[at].prompt) for at in mine) + generation.max_new_tokens
+        with explaining_memory(f"{len(mine)} sequences of {longest} tokens"):
             answers = generator([examples[at] for at in mine], mine)
         for at, answer in zip(mine, answers, strict=True):
             if counts:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -16,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
-from lorasc_ds import models, run_directory
+from lorasc_ds import models, robustness_report, run_directory
 from lorasc_ds.data import Layout
 from lorasc_ds.encoding import EncodedExample, Encoder
 from lorasc_ds.errors import ConfigError
@@ -28,7 +27,8 @@ from lorasc_ds.reports import shown
 from lorasc_ds.sharding import Processes, detect, failing_together, speaking_once_per_node, start
 from lorasc_ds.subject import Subject, load, subject_of
 from lorasc_ds.task_config import TaskConfig, TextConfig
-from lorasc_ds.tasks import Example, Scores, Task, load_task
+from lorasc_ds.tasks import Scores, Task, load_task
+from lorasc_ds.tasks.limits import limited
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +121,7 @@ class Scorer:
 
 
 def evaluate_all(options: EvaluateOptions) -> None:
-    """Score what is asked for; print a table and write `summary.json`.
+    """Score what is asked for; print tables and write `summary.json`.
 
     Raises:
         RunError, LedgerError: in one line; what was finished before is in the folder, which says `complete: false`.
@@ -164,6 +164,7 @@ def evaluate_all(options: EvaluateOptions) -> None:
         if folder is not None:
             write(folder, summary | {"complete": True}, records)
             print(table(summary["tasks"], theirs))
+            robustness_report.tell(folder, summary)
             print(f"written   {options.output_dir}")
     accelerator.end_training()
 
@@ -219,19 +220,6 @@ def encoded(
         processor=processor,
     )
     return EncodedTask(config, encoder, encoder.encode())
-
-
-def limited(examples: Sequence[Example], limit: int | None) -> Sequence[Example]:
-    """The first `limit` examples of every group."""
-    if limit is None:
-        return examples
-    seen: Counter[str] = Counter()
-    kept = []
-    for example in examples:
-        seen[example.group] += 1
-        if seen[example.group] <= limit:
-            kept.append(example)
-    return kept
 
 
 def told(one: EncodedTask, result: dict[str, Any], main: bool) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lorasc_ds import models
 from lorasc_ds.algorithm.dora import shipped_weight
 from lorasc_ds.algorithm.ledger import Ledger, LedgerError
 from lorasc_ds.cli import build_config, load_yaml
@@ -28,6 +29,7 @@ class ExportedRun:
         summary: of the finished run; None where it is not finished.
         packages: versions that the run was made with, by name.
         magnitudes: DoRA's after that expert, by name; {} for other methods.
+        head: parts of the task's head after that expert; {} where none is trained.
     """
 
     config: Config
@@ -37,11 +39,13 @@ class ExportedRun:
     summary: dict[str, Any] | None
     packages: dict[str, str]
     magnitudes: dict[str, Tensor]
+    head: dict[str, Tensor]
 
     @property
     def model(self) -> ModelConfig:
-        """The model that the run began with, at the very commit."""
-        return self.config.model.model_copy(update={"revision": self.ledger.base.revision})
+        """The model that the run began with, at the very commit; with the outputs of its new classifier."""
+        labels = len(self.head["weight"]) if self.head else self.config.model.labels
+        return self.config.model.model_copy(update={"revision": self.ledger.base.revision, "labels": labels})
 
     @property
     def last(self) -> bool:
@@ -112,6 +116,7 @@ def open_run(directory: Path, expert: int | None, noise: bool) -> ExportedRun:
         read_json(directory / "summary.json"),
         environment.get("packages", {}),
         ledger.magnitudes(expert),
+        ledger.head(expert),
     )
 
 
@@ -136,6 +141,8 @@ class Replay:
         Raises:
             LedgerError: it holds a number that is not finite.
         """
+        if name.startswith(models.CLASSIFIER) and self.run.head:
+            return self.run.head[name.removeprefix(models.CLASSIFIER)].to(models.DTYPES[self.run.model.dtype])
         if name not in self.changed:
             return self.tensor(name)
         found, tensor = next(self.changed[name])

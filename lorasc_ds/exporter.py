@@ -6,7 +6,7 @@ import json
 import math
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from lorasc_ds.algorithm.experts import Pair, delta_statistics
 from lorasc_ds.algorithm.ledger import LedgerError, read_pair
 from lorasc_ds.algorithm.low_rank import joined, noise_norm, truncated
 from lorasc_ds.algorithm.tensor_files import digest, write_tensors
+from lorasc_ds.classifier import SavedHead
 from lorasc_ds.comparison import compare, room_for_two
 from lorasc_ds.errors import ConfigError, RunError
 from lorasc_ds.export_options import ExportOptions
@@ -72,16 +73,16 @@ def appearing_whole(directory: Path) -> Iterator[Path]:
 
 
 def write_merged(run: ExportedRun, options: ExportOptions, folder: Path) -> Facts:
-    """A plain Hugging Face model with its tokenizer or processor."""
+    """A plain Hugging Face model with its tokenizer."""
     ledger = run.ledger
     base = open_pretrained(run.model, {*ledger.weights, *ledger.noised})
     replay = Replay(run, base.tensor)
     write_model(folder, base.model, base.layout, replay, options.max_shard_size)
     replay.finish()
-    if models.kind_of(run.model, base.model.config) == "image_text":
-        models.load_processor(run.model).save_pretrained(folder)  # its tokenizer is in it
-    else:
-        models.load_tokenizer(run.model).save_pretrained(folder)
+    for one in models.load_beside(run.model):
+        one.save_pretrained(folder)
+    if run.head and models.has_text_tower(base.model.config):
+        SavedHead(run.head).save_pretrained(folder)
     facts = {"noise": "in the weights" if run.noise and run.has_noise else noise_left_out(run)}
     facts["digest"] = checked_digest(run, folder)
     return facts | ({"base": f"loaded whole, since {base.loaded}"} if base.loaded else {})
@@ -132,6 +133,11 @@ def joined_pairs(run: ExportedRun) -> Iterator[tuple[str, Pair]]:
         yield name, joined([read_pair(file, name) for file in files])
 
 
+def peft_targets(targets: Sequence[str], selected: Collection[str]) -> list[str]:
+    """As PEFT reads them, which knows no wildcards: the layers by their paths where there are any."""
+    return sorted(selected) if any("*" in target for target in targets) else list(targets)
+
+
 def write_adapter(run: ExportedRun, options: ExportOptions, folder: Path) -> Facts:
     """One PEFT adapter: all the experts, or what is closest to them at a lower rank.
 
@@ -145,14 +151,14 @@ def write_adapter(run: ExportedRun, options: ExportOptions, folder: Path) -> Fac
     rank = rank_of(run, options, {name: shape_of(selected[path]) for path, name in names.items()})
     content = {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": "CAUSAL_LM" if models.kind_of(run.model, model.config) == "text" else None,
         "base_model_name_or_path": shown_name(ledger.base.name),
         "revision": ledger.base.revision,
         "r": rank,
         "lora_alpha": adapter.scaling * rank if options.rank is None else rank,
         "use_rslora": False,
         "use_dora": bool(run.magnitudes),
-        "target_modules": list(run.config.adapter.target_modules),
+        "target_modules": peft_targets(run.config.adapter.target_modules, selected),
         "inference_mode": True,
     }
     (folder / ADAPTER_CONFIG).write_text(json.dumps(content, indent=2) + "\n")
@@ -229,6 +235,6 @@ def loader(run: ExportedRun, kind: str, folder: Path) -> Callable[[], nn.Module]
     """Loads the export as a user does."""
 
     def merged() -> nn.Module:
-        return models.auto_class(run.model, models.load_architecture(run.model)).from_pretrained(folder, trust_remote_code=run.model.trust_remote_code)
+        return models.load_model(run.model.model_copy(update={"name_or_path": str(folder), "revision": None}))
 
     return merged if kind == "merged" else lambda: with_adapter(models.load_model(run.model), folder)

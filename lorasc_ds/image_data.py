@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -50,6 +51,7 @@ class ImageBatch:
     labels: Tensor
     readable: Tensor
     unreadable: tuple[str, ...] = ()
+    also_lower: ClassVar[str] = ""
 
     @property
     def input_tokens(self) -> int:

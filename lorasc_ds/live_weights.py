@@ -9,10 +9,11 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import PreTrainedModel
 
 from lorasc_ds.adapters import AdaptedWeight, backbone_items
 from lorasc_ds.algorithm import experts, merge
@@ -300,6 +301,14 @@ class LiveWeights:
         """What is trained outside the cascade, DoRA's magnitudes and a task head, copies by their ledger keys."""
         return {key: self.backend.read(parameter) for key, parameter in self.outside.items()}
 
+    def head(self) -> dict[str, Tensor]:
+        """The parts of the task's head that is trained, copies; {} where none is."""
+        return {
+            key.removeprefix("head."): self.backend.read(parameter)
+            for key, parameter in self.outside.items()
+            if key.startswith("head.")
+        }
+
     def write_persistent(self, values: Mapping[str, Tensor]) -> None:
         for key, parameter in self.outside.items():
             self.backend.write(parameter, values[key].to(self.processes.device))
@@ -342,16 +351,11 @@ class LiveWeights:
         magnitude = self.backend.read(one.magnitude)
         return shipped_weight(weight, magnitude) if self.processes.main else weight
 
-    def save(
-        self,
-        model: PreTrainedModel,
-        directory: Path,
-        tokenizer: PreTrainedTokenizerBase | ProcessorMixin | None,
-        sha256: str,
-    ) -> None:
+    def save(self, model: PreTrainedModel, directory: Path, beside: Sequence[Any], sha256: str) -> None:
         """Write the merged model as a plain Hugging Face one, from the main process.
 
         Args:
+            beside: tokenizer and processors, which are saved with it.
             sha256: what its adapted weights, read back, must have.
         """
         whole = {id(one.weight): self.shipped(one) for one in self.weights}  # by tensor: tied ones are read once
@@ -368,4 +372,4 @@ class LiveWeights:
             if digest(found[name] for name in names) != sha256:
                 raise RuntimeError(f"{folder} holds other weights than the live model")
 
-        save_model(model, {name: whole[id(tensor)] for name, tensor in items}, tokenizer, directory, check)
+        save_model(model, {name: whole[id(tensor)] for name, tensor in items}, beside, directory, check)

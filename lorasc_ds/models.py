@@ -18,6 +18,7 @@ from transformers import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING,
     AutoConfig,
+    AutoImageProcessor,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageClassification,
@@ -27,7 +28,6 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    ProcessorMixin,
 )
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
@@ -71,14 +71,8 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(**source_of(config))
 
 
-def load_processor(config: ModelConfig) -> ProcessorMixin:
-    """What makes tokens and pixels for a vision-language model; its tokenizer is in it."""
-    with loading("the processor", config):
-        return AutoProcessor.from_pretrained(**source_of(config))
-
-
 Kind = Literal["text", "image_text", "classes"]
-CLASSIFIER_KEYS = ("classifier.", "head.", "score.")  # of a model of images that was not trained on these classes
+CLASSIFIER = "classifier."  # as transformers calls the last layer of a model of images
 
 
 def has_text_tower(architecture: PretrainedConfig) -> bool:
@@ -99,6 +93,31 @@ def kind_of(config: ModelConfig, architecture: PretrainedConfig) -> Kind:
     return "classes" if classes else "text"  # or code that comes with the model, which says so itself
 
 
+def load_image_processor(config: ModelConfig) -> Any:
+    """Hugging Face's image processor of the model, on Pillow whatever is installed: its geometry is what is used."""
+    with loading("its image processor", config):
+        return AutoImageProcessor.from_pretrained(**source_of(config), backend="pil")
+
+
+def load_beside(config: ModelConfig) -> list[Any]:
+    """What belongs in the folder of such a model: tokenizer, image processor or both in one."""
+    architecture = load_architecture(config)
+    match kind_of(config, architecture):
+        case "text":
+            return [load_tokenizer(config)]
+        case "image_text":
+            return [load_processor(config)]
+        case "classes":
+            text = [load_tokenizer(config)] if has_text_tower(architecture) else []
+            return [load_image_processor(config), *text]
+
+
+def load_processor(config: ModelConfig) -> Any:
+    """The processor of a vision-language model, on Pillow whatever is installed."""
+    with loading("its processor", config):
+        return AutoProcessor.from_pretrained(**source_of(config), backend="pil")
+
+
 def load_architecture(config: ModelConfig) -> PretrainedConfig:
     """The model's configuration.
 
@@ -112,6 +131,8 @@ def load_architecture(config: ModelConfig) -> PretrainedConfig:
             f"model.name_or_path {config.name_or_path} has quantised weights, which cannot be merged into:"
             " take the float32 or bfloat16 model"
         )
+    if config.labels not in (None, architecture.num_labels) and not has_text_tower(architecture):
+        architecture.num_labels = config.labels
     return architecture
 
 
@@ -126,38 +147,27 @@ def auto_class(config: ModelConfig, architecture: PretrainedConfig) -> Any:
             return AutoModel if has_text_tower(architecture) else AutoModelForImageClassification
 
 
-def load_shape(config: ModelConfig, labels: int | None = None) -> PreTrainedModel:
+def load_shape(config: ModelConfig) -> PreTrainedModel:
     """The model on the meta device: all names and shapes, no weights read.
-
-    Args:
-        labels: outputs of its classifier, where it has one; None: as its files have.
 
     Raises:
         ConfigError: there is none, or its weights are quantised.
     """
-    architecture = with_labels(load_architecture(config), labels)
+    architecture = load_architecture(config)
     with loading("the model", config), torch.device("meta"):
         return auto_class(config, architecture).from_config(
             architecture, dtype=DTYPES[config.dtype], trust_remote_code=config.trust_remote_code
         )
 
 
-def with_labels(architecture: PretrainedConfig, labels: int | None) -> PretrainedConfig:
-    if labels is not None and not has_text_tower(architecture) and architecture.num_labels != labels:
-        architecture.num_labels = labels
-    return architecture
-
-
-def load_model(config: ModelConfig, labels: int | None = None) -> PreTrainedModel:
-    """The pretrained model in `model.dtype`, from safetensors only.
-
-    Args:
-        labels: outputs of its classifier, which is random where the files have none of this size; None: as they have.
+def load_model(config: ModelConfig) -> PreTrainedModel:
+    """The pretrained model in `model.dtype`, from safetensors only; a classifier of `model.labels` may be random.
 
     Raises:
         ConfigError: it cannot be loaded, or lacks weights.
     """
-    architecture = with_labels(load_architecture(config), labels)
+    architecture = load_architecture(config)
+    new = config.labels is not None
     with loading("the model", config):
         loaded: Any = auto_class(config, architecture).from_pretrained(
             **source_of(config),
@@ -165,18 +175,17 @@ def load_model(config: ModelConfig, labels: int | None = None) -> PreTrainedMode
             dtype=DTYPES[config.dtype],
             use_safetensors=True,
             output_loading_info=True,
-            ignore_mismatched_sizes=labels is not None,
+            ignore_mismatched_sizes=new,
         )
         model, report = loaded
-        absent = sorted(report["missing_keys"]) + sorted(
-            key if isinstance(key, str) else key[0] for key in report["mismatched_keys"]
-        )
-        if labels is not None:
-            absent = [key for key in absent if not key.startswith(CLASSIFIER_KEYS)]
+        mismatched = [key if isinstance(key, str) else key[0] for key in report["mismatched_keys"]]
+        absent = sorted({*report["missing_keys"], *mismatched})
+        absent = [key for key in absent if not (new and key.startswith(CLASSIFIER))]
         if absent:
             raise ConfigError(
                 f"model.name_or_path {config.name_or_path}: {len(absent)} weights of {type(model).__name__} are not in"
                 f" its files ({', '.join(absent[:3])}): they would be random; give a complete checkpoint"
+                + (" or, to train a new classifier, task.train_head true" if absent[0].startswith(CLASSIFIER) else "")
             )
     # ZeRO-3's loader keeps the renamings that no name of the files needed, too; reverted, they would make other names.
     if getattr(model, "_weight_conversions", None) is not None:
@@ -289,7 +298,7 @@ def vocabulary_size(model: PreTrainedModel) -> int:
 def save_model(
     model: PreTrainedModel,
     backbone: dict[str, Tensor],
-    tokenizer: PreTrainedTokenizerBase | ProcessorMixin | None,
+    beside: Sequence[Any],
     directory: Path,
     check: Callable[[Path], None],
 ) -> None:
@@ -297,13 +306,14 @@ def save_model(
 
     Args:
         backbone: its tensors, whole, by name.
+        beside: tokenizer and processors.
         check: raises if the files of the folder it is given are not right.
     """
     temporary = directory.with_name(f".tmp-{directory.name}")
     shutil.rmtree(temporary, ignore_errors=True)
     model.save_pretrained(temporary, state_dict=backbone)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(temporary)
+    for one in beside:
+        one.save_pretrained(temporary)
     check(temporary)
     for file in temporary.iterdir():
         file.chmod(0o666 & ~current_umask())  # safetensors writes 0600

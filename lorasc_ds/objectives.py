@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from lorasc_ds.data import Batch
+from lorasc_ds.image_data import ImageBatch
 
 
 def attention_bias(segments: Tensor, dtype: torch.dtype) -> Tensor:
@@ -53,8 +55,21 @@ def classification_losses(log_probabilities: Tensor, batch: Batch) -> Tensor:
     return torch.stack([-s.log_softmax(dim=0)[gold] for s, gold in zip(scores, batch.gold, strict=True)])
 
 
-def summed_loss(model: nn.Module, batch: Batch, loss: str) -> Tensor:
+def class_losses(logits: Tensor, batch: ImageBatch) -> Tensor:
+    """Cross-entropy of every image, 0 of one that could not be decoded: (images,)."""
+    losses = functional.cross_entropy(logits, batch.labels, reduction="none")
+    return losses.masked_fill(~batch.readable, 0.0)
+
+
+def probe_logits(model: nn.Module, batch: Batch | ImageBatch) -> Tensor:
+    """What a boundary must not change: the logits of a few scored tokens, or of the classes of a few images."""
+    return model(batch.pixels) if isinstance(batch, ImageBatch) else scored_logits(model, batch)
+
+
+def summed_loss(model: nn.Module, batch: Batch | ImageBatch, loss: str) -> Tensor:
     """The loss of a batch as a sum, over its scored tokens (`lm`) or its examples (`classification`)."""
+    if isinstance(batch, ImageBatch):
+        return class_losses(model(batch.pixels), batch).sum()
     log_probabilities = token_log_probabilities(model, batch)
     if loss == "lm":
         return -log_probabilities.sum()

@@ -240,7 +240,7 @@ class Cascade:
         if self.live.processes.problems("it is there already" if taken else None):
             raise ConfigError(f"{directory} is there already: give save_pretrained a new name")
         directory.parent.mkdir(parents=True, exist_ok=True)
-        self.live.save(self.base, directory, tokenizer, self.live.shipped_sha256())
+        self.live.save(self.base, directory, [] if tokenizer is None else [tokenizer], self.live.shipped_sha256())
         self.live.processes.wait()
 
     def save(self, directory: str | Path) -> None:

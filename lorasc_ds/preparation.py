@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+from torch import nn
+from transformers import PreTrainedModel
 
 from lorasc_ds import models
 from lorasc_ds.adapters import AdaptedWeight, attach
 from lorasc_ds.algorithm.plan import Expert, Plan, Schedule, compressed_warmup
 from lorasc_ds.config import Config, TrainingConfig
-from lorasc_ds.data import Layout, TrainingSequences
-from lorasc_ds.encoded import EncodedExample, digest_of
-from lorasc_ds.encoding import Encoder
+from lorasc_ds.data import TrainingData
 from lorasc_ds.errors import ConfigError
+from lorasc_ds.image_reading import ImageReading, read_images, with_labels
 from lorasc_ds.method import Method, make_method, make_plan, make_schedule, unused_settings
-from lorasc_ds.order import Order, Source, sources_of
-from lorasc_ds.processing import processor_of
-from lorasc_ds.streaming import EncodedStream, looked_at
-from lorasc_ds.task_config import TextConfig
 from lorasc_ds.tasks import Task, load_task
+from lorasc_ds.text_reading import TextReading, read_text
+
+Reading = TextReading | ImageReading
 
 AUTO_SHARE = 0.08
 AUTO_LEAST = 32
@@ -35,41 +33,32 @@ class Preparation:
 
     Args:
         shape: the adapted model on the meta device; `weights` are its adapted weights.
-        splits: the task's examples as tokens.
+        network: what an engine would be given of it.
+        reading: the task's examples as the model reads them.
         method: what a boundary does.
         auto_examples: how many dev examples a boundary looks at to choose α or λ; 0 where neither is auto.
         evaluation_steps: after how many optimizer steps every split is scored.
         selection_steps: of them, the ends of epochs, which `training.select` chooses from: the same for every strategy.
-        unreadable: rows that are left out for their images, a line each.
-        processor: of a vision-language model, which ships with it.
     """
 
     config: Config
-    tokenizer: PreTrainedTokenizerBase
     shape: PreTrainedModel
+    network: nn.Module
     weights: list[AdaptedWeight]
     task: Task
-    splits: dict[str, Sequence[EncodedExample]]
-    data: TrainingSequences
+    reading: Reading
+    data: TrainingData
     plan: Plan
     schedule: Schedule
     method: Method
     auto_examples: int
     evaluation_steps: frozenset[int]
     selection_steps: frozenset[int]
-    truncated: int
-    shots_left_out: int
-    left_out: int
-    unreadable: tuple[str, ...]
-    processor: ProcessorMixin | None
 
     @property
-    def data_sha256(self) -> dict[str, str]:
-        """Digest of the tokens of every split, in their order."""
-        return {
-            split: examples.sha256 if isinstance(examples, EncodedStream) else digest_of(examples)
-            for split, examples in self.splits.items()
-        }
+    def splits(self) -> Mapping[str, Sequence[Any]]:
+        """The task's examples as they are read."""
+        return self.reading.splits
 
     @property
     def accumulation(self) -> int:
@@ -108,9 +97,8 @@ class Preparation:
         """What follows from the configuration, a line each."""
         training, cascade, plan = self.config.training, self.config.cascade, self.plan
         sizes = ", ".join(f"{len(examples)} {split}" for split, examples in self.splits.items())
-        lengths = [len(c.ids) for examples in self.splits.values() for e in looked_at(examples) for c in e.candidates]
         trained, frozen = (
-            sum(p.numel() for p in self.shape.parameters() if p.requires_grad is r) for r in (True, False)
+            sum(p.numel() for p in self.network.parameters() if p.requires_grad is r) for r in (True, False)
         )
         first, max_steps = plan.expert(1), training.max_steps
         experts = (
@@ -123,8 +111,7 @@ class Preparation:
         warmup = compressed_warmup(training.warmup_steps, first.steps if restarts else plan.steps, plan.steps)
         jagged = self.schedule.span == "jagged" and plan.experts > 1
         lines = [
-            f"task      {self.task.name}: {sizes}; sequences of {min(lengths)} to {max(lengths)} tokens,"
-            f" {self.truncated} truncated; padded with token {self.data.layout.pad_id}, masked by length",
+            f"task      {self.task.name}: {sizes}; {self.reading.in_words()}",
             f"model     {self.config.model.name_or_path}, {self.config.model.dtype}: {frozen:,} frozen parameters",
             f"adapter   {self.config.adapter.method}, rank {self.config.adapter.rank}, s = {self.weights[0].scaling:g}:"
             f" {len(self.weights)} weights, {trained:,} trainable parameters",
@@ -141,42 +128,13 @@ class Preparation:
         if self.data.order.sources:
             shares = (f"{one.share / self.data.order.count:.1%} {one}" for one in self.data.order.sources)
             lines.append(f"sources   {'; '.join(shares)} examples")
-        if isinstance(self.data.examples, EncodedStream):
-            lines.append(f"stream    {self.data.examples.about()}")
+        lines += [f"stream    {line}" for line in self.reading.stream()]
         lines += [f"protocol  {line}" for line in self.task.notes]
-        if self.shots_left_out:
-            lines.append(f"note      {self.shots_left_out} demonstrations are left out of prompts that were too long")
-        if self.left_out:
-            lines.append(
-                f"note      {self.left_out} rows are left out: cut to length, nothing of them is scored; raise"
-                " training.max_length"
-            )
-        lines += [f"note      {line}" for line in self.unreadable]
-        lines += [f"note      {line}" for line in repeated(self.splits)]
+        lines += [f"note      {line}" for line in self.reading.notes()]
         unused = unused_settings(cascade)
         if unused:
             lines.append(f"note      strategy {cascade.strategy} does not use {' and '.join(unused)}")
         return lines
-
-
-def repeated(splits: dict[str, Sequence[EncodedExample]]) -> Iterator[str]:
-    """What stands in the training examples twice, or in another split too, token for token."""
-    seen = looked_at(splits["train"])
-    train = {same_as(example) for example in seen}
-    twice = len(seen) - len(train)
-    if twice:
-        yield f"{twice} of {len(seen)} training examples are repetitions of others"
-    for split, examples in splits.items():
-        if split == "train":  # of a stream not to be read whole
-            continue
-        known = sum(bool(example.candidates) and same_as(example) in train for example in examples)
-        if known:
-            yield f"{known} of {len(examples)} examples of {split} are training examples too: its score is no test"
-
-
-def same_as(example: EncodedExample) -> tuple[tuple[int, ...], str]:
-    """What examples that repeat each other have in common: tokens and images."""
-    return example.target.ids, "" if example.visuals is None else example.visuals.sha256
 
 
 def evaluation_steps(config: Config, plan: Plan, epoch_ends: frozenset[int]) -> frozenset[int]:
@@ -199,45 +157,6 @@ def auto_examples(config: Config, plan: Plan, method: Method, dev_examples: int)
     return min(dev_examples, config.cascade.auto_examples or affordable)
 
 
-def layout_of(training: TrainingConfig, shape: PreTrainedModel, encoder: Encoder) -> Layout:
-    """
-    Raises:
-        ConfigError: rows cannot be packed for this model, or with images in them.
-    """
-    pixels = encoder.pixels
-    if training.packing and pixels is not None:
-        raise ConfigError(
-            f"training.packing is true, but the rows of task {encoder.task.name} have images, which stand in rows of"
-            " their own: set it false"
-        )
-    able = pixels is None and models.takes_attention_bias(shape)
-    if training.packing and not able:
-        raise ConfigError(
-            f"training.packing is true, but {type(shape).__name__} has layers that do not attend to all that stands"
-            " before, so that sequences in one row would see each other: set it false"
-        )
-    return Layout(encoder.pad_id, training.share_prefixes and able, training.packing, pixels)
-
-
-def order_of(examples: Sequence[EncodedExample], task: Task, training: TrainingConfig) -> Order:
-    """How the examples of every epoch follow one another.
-
-    Raises:
-        ConfigError: a source has no share.
-    """
-    sources: tuple[Source, ...] = ()
-    lengths = None
-    if task.weights is not None:
-        streamed = isinstance(examples, EncodedStream)
-        sources = sources_of(examples.groups if streamed else [e.group for e in examples], task.weights)
-    if training.group_by_length and isinstance(examples, EncodedStream):
-        lengths = torch.from_numpy(examples.lengths)
-    elif training.group_by_length:
-        scored = [(e.target,) if task.loss == "lm" else e.candidates for e in examples]
-        lengths = torch.tensor([max(len(tokens.ids) for tokens in candidates) for candidates in scored])
-    return Order(len(examples), training.seed, training.batch_size, sources, lengths)
-
-
 def micro_batch_size(training: TrainingConfig, world_size: int) -> int:
     """Examples per forward pass of a process.
 
@@ -253,21 +172,8 @@ def micro_batch_size(training: TrainingConfig, world_size: int) -> int:
     return micro
 
 
-def make_encoder(config: Config, task: Task, tokenizer: PreTrainedTokenizerBase, shape: PreTrainedModel) -> Encoder:
-    """What makes tokens of the task for this model."""
-    return Encoder(
-        tokenizer,
-        task,
-        max_length=config.training.max_length,
-        model_limit=models.longest_sequence(shape),
-        vocabulary_size=models.vocabulary_size(shape),
-        block_size=config.task.block_size if isinstance(config.task, TextConfig) else None,
-        processor=processor_of(config.model, shape),
-    )
-
-
 def prepare(config: Config, rank: int = 0, world_size: int = 1) -> Preparation:
-    """Read the data, tokenise it, lay the model out on the meta device and plan the steps.
+    """Read the data, lay the model out on the meta device and plan the steps.
 
     Args:
         rank, world_size: which process this is, of how many.
@@ -275,28 +181,20 @@ def prepare(config: Config, rank: int = 0, world_size: int = 1) -> Preparation:
     Raises:
         ConfigError, DataError: in one line.
     """
-    micro = micro_batch_size(config.training, world_size)
-    task = load_task(config.task, config.training.seed)
-    tokenizer = models.load_tokenizer(config.model)
-    shape = models.load_shape(config.model)
-    encoder = make_encoder(config, task, tokenizer, shape)
-    weights = attach_adapters(config, shape)
-    splits = encoder.encode()
     training = config.training
-    if training.batch_size > len(splits["train"]):
+    micro = micro_batch_size(training, world_size)
+    task = load_task(config.task, training.seed)
+    config = config.model_copy(update={"model": with_labels(config.model, task)})
+    shape = models.load_shape(config.model)
+    reading: Reading = read_text(config, task, shape) if task.classes is None else read_images(config, task, shape)
+    weights = attach_adapters(config, shape)
+    network = reading.network(shape)
+    if training.batch_size > len(reading.splits["train"]):
         raise ConfigError(
-            f"training.batch_size is {training.batch_size}, but there are only {len(splits['train'])} training"
+            f"training.batch_size is {training.batch_size}, but there are only {len(reading.splits['train'])} training"
             " examples: lower it"
         )
-    data = TrainingSequences(
-        splits["train"],
-        order=order_of(splits["train"], task, training),
-        loss=task.loss,
-        micro_batch_size=micro,
-        layout=layout_of(training, shape, encoder),
-        rank=rank,
-        world_size=world_size,
-    )
+    data = reading.training_data(training, micro, rank, world_size)
     if training.max_steps is None:
         steps = math.ceil(round(training.epochs * data.steps_per_epoch, 6))  # 0.1 * 30 is a little over 3
         plan = make_plan(config.cascade, steps, training.epochs)
@@ -309,23 +207,18 @@ def prepare(config: Config, rank: int = 0, world_size: int = 1) -> Preparation:
     epoch_ends = frozenset([*range(data.steps_per_epoch, plan.steps, data.steps_per_epoch), plan.steps])
     return Preparation(
         config=config,
-        tokenizer=tokenizer,
         shape=shape,
+        network=network,
         weights=weights,
         task=task,
-        splits=splits,
+        reading=reading,
         data=data,
         plan=plan,
         schedule=schedule,
         method=method,
-        auto_examples=auto_examples(config, plan, method, len(splits["dev"])),
+        auto_examples=auto_examples(config, plan, method, len(reading.splits["dev"])),
         evaluation_steps=evaluation_steps(config, plan, epoch_ends),
         selection_steps=epoch_ends,
-        truncated=encoder.truncated,
-        shots_left_out=encoder.shots_left_out,
-        left_out=encoder.left_out,
-        unreadable=encoder.unreadable_lines(),
-        processor=None if encoder.processor is None else encoder.processor.processor,
     )
 
 

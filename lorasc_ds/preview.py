@@ -8,6 +8,7 @@ from itertools import pairwise
 from transformers import PreTrainedTokenizerBase
 
 from lorasc_ds.encoded import EncodedExample, ScoredTokens
+from lorasc_ds.tasks.base import Classes, Example
 
 SHORTENED = 200  # characters that are shown of a longer text
 
@@ -86,3 +87,11 @@ def one_line(text: str) -> str:
 
 def shortened(text: str, length: int = SHORTENED) -> str:
     return text if len(text) <= length else f"{text[: length // 2]} ... {text[-length // 2 :]}"
+
+
+def image_lines(examples: Sequence[Example], classes: Classes, count: int) -> Iterator[str]:
+    """The first images, a line each."""
+    for at in range(min(count, len(examples))):
+        label = examples[at].gold[0]
+        name = classes.names[label if classes.subset is None else classes.subset[label]]
+        yield f"  {examples[at].id}: {label}, {name}"

@@ -74,6 +74,7 @@ class StepReport(NamedTuple):
         seconds: wall time.
         examples: ids of the global batch.
         asked_to_stop: whether any process was.
+        unreadable: what is wrong with examples that were left out, a line each.
     """
 
     loss: float
@@ -82,6 +83,7 @@ class StepReport(NamedTuple):
     seconds: float
     examples: tuple[str, ...]
     asked_to_stop: bool
+    unreadable: tuple[str, ...] = ()
 
     @property
     def finite(self) -> bool:

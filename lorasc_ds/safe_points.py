@@ -138,7 +138,7 @@ def state_of(trainer: Trainer, tracker: Tracker, progress: Progress) -> tuple[di
         "patience": trainer.patience.state(),
         "tracker": tracker.state(),
         "config": preparation.config.model_dump(mode="json"),
-        "data_sha256": preparation.data_sha256,
+        "data_sha256": preparation.reading.data_sha256,
         "zero_stage": trainer.engine.zero_stage,
         "world_size": trainer.processes.world_size,
     }

@@ -9,6 +9,7 @@ import argparse
 import os
 import sys
 import traceback
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
@@ -25,10 +26,13 @@ from lorasc_ds.data import TrainingSequences
 from lorasc_ds.data_report import epoch_cost, length_table, split_lines, table
 from lorasc_ds.encoded import EncodedExample
 from lorasc_ds.errors import ConfigError, RunError
-from lorasc_ds.preparation import make_encoder, order_of, prepare, repeated
-from lorasc_ds.preview import example_lines
+from lorasc_ds.image_reading import ImageReading, image_reading
+from lorasc_ds.preparation import prepare
+from lorasc_ds.preview import example_lines, image_lines
 from lorasc_ds.task_config import Benchmark, DigitsConfig, TaskConfig
 from lorasc_ds.tasks import Task, load_task
+from lorasc_ds.tasks.images import labels_of
+from lorasc_ds.text_reading import make_encoder, order_of, repeated
 
 
 class ShownConfig(Config):
@@ -54,18 +58,23 @@ class Shown:
     training: TrainingConfig
 
 
-def load(config: ShownConfig, processes: int) -> Shown:
+def load(config: ShownConfig, processes: int) -> Shown | ImageReading:
     """
     Raises:
         ConfigError, DataError: in one line, as training would say it.
     """
     if isinstance(config.task, Benchmark):
-        task, tokenizer = load_task(config.task, config.training.seed), models.load_tokenizer(config.model)
-        splits = make_encoder(config, task, tokenizer, models.load_shape(config.model)).encode()
-        return Shown(task, tokenizer, splits, None, False, config.training)
+        task, shape = load_task(config.task, config.training.seed), models.load_shape(config.model)
+        if task.classes is not None:
+            return image_reading(config.model, task, task.classes, shape, config.training.seed, 0)
+        encoder = make_encoder(config, task, models.load_tokenizer(config.model), shape)
+        return Shown(task, encoder.tokenizer, encoder.encode(), None, False, config.training)
     run = prepare(config, world_size=processes)
+    if isinstance(run.reading, ImageReading):
+        return run.reading
+    assert isinstance(run.data, TrainingSequences)
     packs = models.takes_attention_bias(run.shape)
-    return Shown(run.task, run.tokenizer, run.splits, run.data, packs, config.training)
+    return Shown(run.task, run.reading.tokenizer, run.reading.splits, run.data, packs, config.training)
 
 
 def padding_lines(data: TrainingSequences, task: Task, training: TrainingConfig, packs: bool) -> Iterator[str]:
@@ -85,15 +94,18 @@ def padding_lines(data: TrainingSequences, task: Task, training: TrainingConfig,
     yield from (f"  {line}" for line in table(rows, 2))
 
 
-def report(shown: Shown, split: str | None, examples: int, full: bool) -> Iterator[str]:
+def report(shown: Shown | ImageReading, split: str | None, examples: int, full: bool) -> Iterator[str]:
     """
     Raises:
         ConfigError: the task has no such split.
     """
+    split = split or next(iter(shown.splits))
+    if split not in shown.splits:
+        raise ConfigError(f"--split {split}: task {shown.task.name} has {', '.join(shown.splits)}")
+    if isinstance(shown, ImageReading):
+        yield from image_report(shown, split, examples)
+        return
     task, splits = shown.task, shown.splits
-    split = split or next(iter(splits))
-    if split not in splits:
-        raise ConfigError(f"--split {split}: task {task.name} has {', '.join(splits)}")
     training = f", loss {task.loss}" if shown.data else ""
     yield f"task      {task.name}: {task.kind}{training}"
     yield from (f"protocol  {line}" for line in task.notes)
@@ -111,6 +123,20 @@ def report(shown: Shown, split: str | None, examples: int, full: bool) -> Iterat
     yield f"the first examples of {split}; what is scored stands between [[ and ]]"
     for example in splits[split][:examples]:
         yield from example_lines(shown.tokenizer, example, full=full)
+
+
+def image_report(shown: ImageReading, split: str, examples: int) -> Iterator[str]:
+    """Of every split how many images there are and of how many classes; the first images of one of them."""
+    yield f"task      {shown.task.name}: {shown.task.kind}, {shown.in_words()}"
+    yield from (f"protocol  {line}" for line in shown.task.notes)
+    yield f"pixels    {shown.layout.how}"
+    yield ""
+    for name, images in shown.splits.items():
+        counts = Counter(labels_of(images)).values()
+        yield f"{name}: {len(images)} images of {len(counts)} classes, {min(counts)} to {max(counts)} of each"
+    yield ""
+    yield f"the first images of {split} and their classes"
+    yield from image_lines(shown.splits[split], shown.classes, examples)
 
 
 def make_parser(default_recipe: Path) -> argparse.ArgumentParser:

@@ -7,7 +7,14 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from lorasc_ds.image_task_config import ImageNetConfig, ImagesConfig, ImageTextConfig
+from lorasc_ds.image_task_config import (
+    CorruptedImagesConfig,
+    DigitImagesConfig,
+    ImageNetConfig,
+    ImagesConfig,
+    ImageTextConfig,
+    RobustnessConfig,
+)
 from lorasc_ds.section import PublicData, Section
 
 
@@ -215,7 +222,8 @@ TrainableTask = (
     | InstructionConfig
     | ImageNetConfig
     | ImagesConfig
+    | DigitImagesConfig
     | ImageTextConfig
 )
-Benchmark = MmluConfig | BbhConfig | DropFewShotConfig | HumanEvalConfig
+Benchmark = MmluConfig | BbhConfig | DropFewShotConfig | HumanEvalConfig | RobustnessConfig | CorruptedImagesConfig
 TaskConfig = TrainableTask | Benchmark

@@ -222,6 +222,9 @@ class Tracker:
         self.step += 1
         self.seconds += step.seconds
         self.tokens += step.tokens
+        for line in step.unreadable:
+            self.unreadable += 1
+            self.warn(f"step {self.step}: {line}; left out, number {self.unreadable}")
         self.bar.update()
 
     def record_window(self) -> None:

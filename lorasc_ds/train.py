@@ -150,7 +150,7 @@ def choose(invocation: Invocation, preparation: Preparation, launch: Launch, pro
                 config,
                 invocation.resume,
                 invocation.resume_override,
-                preparation.data_sha256,
+                preparation.reading.data_sha256,
                 preparation.plan,
             )
         except CheckpointError as error:  # a script that reads an older status would start the run again and again
@@ -193,7 +193,8 @@ def carry_out(
     checkpoint: Checkpoint | None,
 ) -> dict[str, Any]:
     """Load the model, train it and record the end. Returns the summary."""
-    config, directory = invocation.config, invocation.output_dir
+    config, directory = preparation.config, invocation.output_dir
+    torch.manual_seed(config.training.seed)  # of a new classifier
     with sharded_loading(launch, accelerator, config.model.dtype):
         model = models.load_model(config.model)
         weights = attach_adapters(config, model)  # here, since DoRA's magnitudes are made from whole weights
@@ -202,7 +203,7 @@ def carry_out(
     stopping.poll(trainer.processes)
     if checkpoint is None:
         progress = Progress()
-        tracker.configuration(to_yaml(config), run_directory.flatten(config.model_dump(mode="json")))
+        tracker.configuration(to_yaml(invocation.config), run_directory.flatten(config.model_dump(mode="json")))
     else:
         progress = restore(trainer, checkpoint)
         if trainer.processes.main:  # now that nothing can refuse it any more

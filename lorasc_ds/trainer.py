@@ -6,8 +6,8 @@ import resource
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -18,20 +18,25 @@ from lorasc_ds import models
 from lorasc_ds.adapters import AdaptedWeight, backbone_parameters, other_matrices, parameter_groups
 from lorasc_ds.algorithm.ledger import Adapter, Base, Ledger, LedgerError
 from lorasc_ds.cascade import Boundaries
+from lorasc_ds.classifier import ImageClassifier, SavedHead, make_rows
 from lorasc_ds.data import Batch
 from lorasc_ds.encoded import EncodedExample
 from lorasc_ds.errors import CheckpointError, ConfigError
 from lorasc_ds.evaluation import check_layout, evaluate, evaluation_mode, for_the_loss_alone
 from lorasc_ds.generation import Generator
+from lorasc_ds.image_data import ImageBatch
+from lorasc_ds.image_reading import ImageReading
 from lorasc_ds.live_weights import LiveWeights
-from lorasc_ds.objectives import scored_logits, summed_loss
+from lorasc_ds.objectives import probe_logits, summed_loss
 from lorasc_ds.order import derived_seed
+from lorasc_ds.prefetching import Ahead
 from lorasc_ds.preparation import Preparation
 from lorasc_ds.reports import StepReport
 from lorasc_ds.selection import Patience, Selection
 from lorasc_ds.sharding import Processes, prepare_engine
 from lorasc_ds.stopping import Stopping
 from lorasc_ds.tasks import Scores
+from lorasc_ds.text_reading import TextReading
 
 PROBE_EXAMPLES = 4
 PROBE_TOKENS = 256
@@ -71,13 +76,15 @@ class Trainer:
         if training.gradient_checkpointing:
             module.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
         others = other_matrices(module, weights) if preparation.method.noise_on == "all" else {}
-        groups = parameter_groups(weights, preparation.loraplus_lr_ratio)
+        network = preparation.reading.network(module)
+        head = network.trained if isinstance(network, ImageClassifier) else {}
+        groups = parameter_groups(weights, preparation.loraplus_lr_ratio, list(head.values()))
         self.learning_rates = {group["role"]: training.learning_rate * group["lr_ratio"] for group in groups}
         optimizer = torch.optim.AdamW(groups, lr=training.learning_rate, weight_decay=training.weight_decay)
         self.engine, self.backend = prepare_engine(
             accelerator,
             self.processes,
-            module,
+            network,
             optimizer,
             [one.weight for one in weights],
             config.cascade.merge_path,
@@ -91,16 +98,20 @@ class Trainer:
             self.backend,
             self.processes,
             seed=training.seed,
+            head=head,
             other_matrices=others,
             projects_gradients=config.adapter.method == "lora-fa" and config.adapter.lorafa_projection,
             accumulator=config.cascade.accumulator,
         )
         self.engine.model.train()
-        models.refuse_bidirectional(config.model, module, self.logits)
-        if data.layout.share_prefixes or data.layout.pack:
-            check_layout(self.engine.model, data.layout, self.processes.device)
+        if isinstance(network, ImageClassifier):
+            make_rows(network, self.engine.model, lambda part, value: self.backend.write(head[part], value))
+        elif isinstance(preparation.reading, TextReading):
+            models.refuse_bidirectional(config.model, module, self.logits)
+            check_layout(self.engine.model, preparation.reading.layout, self.processes.device)
         self.base_sha256 = self.weights_sha256()
         self.base_checksum = self.live.checksum(backbone_parameters(module))
+        self.batches = Ahead(data.step, preparation.plan.steps, preparation.reading.workers)
         self.selection = Selection(training.select, self.live)
         self.patience = Patience(training.early_stopping_patience)
         self.generator = self.make_generator()
@@ -153,11 +164,12 @@ class Trainer:
         preparation = self.preparation
         if preparation.task.generation is None:
             return None
+        assert isinstance(preparation.reading, TextReading)
         return Generator(
             self.module,
-            preparation.tokenizer,
+            preparation.reading.tokenizer,
             preparation.task.generation,
-            layout=preparation.data.layout,
+            layout=preparation.reading.layout,
             synced=self.engine.zero_stage == 3,
             seed=preparation.config.training.seed,
         )
@@ -168,14 +180,12 @@ class Trainer:
             return self.engine.model(input_ids=ids.to(self.processes.device), use_cache=False).logits
 
     def probe(self) -> Callable[[], Tensor]:
-        """Logits of a few training examples in evaluation mode, float32, at most `PROBE_TOKENS` of them."""
-        data = self.preparation.data
-        examples = list(islice((example for example in data.examples if example.target.scored), PROBE_EXAMPLES))
-        batch = data.collate(examples).last_scored(PROBE_TOKENS).to(self.processes.device)
+        """Logits of a few training examples in evaluation mode, float32, of texts at most `PROBE_TOKENS` of them."""
+        batch = self.preparation.reading.probe("train", PROBE_EXAMPLES, PROBE_TOKENS).to(self.processes.device)
 
         def logits() -> Tensor:
             with evaluation_mode(self.engine.model):
-                return scored_logits(self.engine.model, batch)
+                return probe_logits(self.engine.model, batch)
 
         return logits
 
@@ -192,7 +202,7 @@ class Trainer:
             self.preparation.task,
             splits,
             batch_size=self.preparation.config.training.eval_batch_size,
-            layout=self.preparation.data.layout,
+            layout=self.preparation.reading.layout,
             processes=self.processes,
             poll=lambda: self.stopping.poll(self.processes),
             generator=self.generator if answers else None,
@@ -211,8 +221,9 @@ class Trainer:
         """One optimizer step on its global batch; not taken where the loss or the gradient is not finite."""
         began = time.perf_counter()
         training = self.preparation.config.training
-        batch = self.preparation.data.step(step)
-        totals = torch.zeros(3, dtype=torch.float64, device=self.processes.device)  # loss, tokens, asked to stop
+        batch = self.batches(step)
+        # loss, tokens, asked to stop, examples that could not be read
+        totals = torch.zeros(4, dtype=torch.float64, device=self.processes.device)
         for number, micro in enumerate(batch.micro_batches, start=1):
             torch.manual_seed(derived_seed(training.seed, step, micro.first))  # dropout
             with self.engine.micro_step(last=number == len(batch.micro_batches)), explaining_memory(step, micro.batch):
@@ -222,16 +233,24 @@ class Trainer:
                 self.engine.backward(loss * (1 + 0 * loss))
             totals[0] += loss.detach()
             totals[1] += micro.batch.input_tokens * micro.counts
-        totals[2] = float(self.stopping.asked())
-        loss_sum, tokens, asked = self.processes.sum(totals).tolist()
+        mine = [line for micro in batch.micro_batches if micro.counts for line in micro.batch.unreadable]
+        totals[2], totals[3] = float(self.stopping.asked()), len(mine)
+        loss_sum, tokens, asked, unreadable = self.processes.sum(totals).tolist()
+        lines = [line for part in self.processes.gather(mine) for line in part] if unreadable else []
         norm = float(self.engine.update(learning_rate, training.max_grad_norm))
-        return StepReport(loss_sum, norm, int(tokens), time.perf_counter() - began, batch.ids, asked > 0)
+        return StepReport(loss_sum, norm, int(tokens), time.perf_counter() - began, batch.ids, asked > 0, tuple(lines))
+
+    def beside(self) -> list[Any]:
+        """What is saved with the model: tokenizer, processor, and a head that its files have no place for."""
+        reading, head = self.preparation.reading, self.live.head()
+        if isinstance(reading, ImageReading) and reading.head == "prototypes" and head:
+            return [*reading.saved, SavedHead(head)]
+        return reading.saved
 
     def save(self, directory: Path, sha256: str) -> None:
         """Write the merged model, whose adapted weights have `sha256`; or a note, if not asked for."""
         if self.preparation.config.training.save_model:
-            preparation = self.preparation
-            self.live.save(self.module, directory, preparation.processor or preparation.tokenizer, sha256)
+            self.live.save(self.module, directory, self.beside(), sha256)
         elif self.processes.main:
             directory.mkdir(exist_ok=True)
             note = "training.save_model was false: the ledger and the base model give these weights.\n"
@@ -239,7 +258,7 @@ class Trainer:
 
 
 @contextmanager
-def explaining_memory(step: int, batch: Batch) -> Iterator[None]:
+def explaining_memory(step: int, batch: Batch | ImageBatch) -> Iterator[None]:
     """Turns running out of an accelerator's memory into one line.
 
     Raises:
@@ -248,10 +267,9 @@ def explaining_memory(step: int, batch: Batch) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
-        inputs, length = batch.input_ids.shape
         raise ConfigError(
-            f"step {step + 1}: out of memory on a micro batch of {inputs} sequences of {length} tokens: lower"
-            " training.micro_batch_size or training.max_length, set training.gradient_checkpointing, or cut the model"
+            f"step {step + 1}: out of memory on a micro batch of {batch.size}: lower training.micro_batch_size"
+            f"{batch.also_lower}, set training.gradient_checkpointing, or cut the model"
             f" up by --deepspeed ds_configs/zero3.json ({' '.join(str(error).split())[:200]})"
         ) from error
 

@@ -29,6 +29,12 @@ class TrainingConfig(Section):
         default=False,
         description="Recompute activations in the backward pass: less memory, more time.",
     )
+    data_workers: int | None = Field(
+        default=None,
+        ge=0,
+        description="Processes that decode images ahead, for each process of the run; null: its share of the cores, at"
+        " most 8. Texts need none.",
+    )
     share_prefixes: bool = Field(
         default=True,
         description="Read what the candidates of a question begin with once; false, or with a model that cannot:"

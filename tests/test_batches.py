@@ -193,7 +193,7 @@ def test_a_block_belongs_to_one_file_and_the_shares_are_told(files: Files) -> No
     preparation = prepare(invocation.config)
     one, other = names.split(",")
     blocks = {file: [e for e in preparation.splits["train"] if e.group == file] for file in (one, other)}
-    tokenizer = preparation.tokenizer
+    tokenizer = preparation.reading.tokenizer
     for file, rows in ((one, 54), (other, 18)):  # a tenth of each is held out
         texts = [json.loads(line)["text"] for line in Path(file).read_text().splitlines()[:rows]]
         expected = [id for text in texts for id in (*tokenizer(text)["input_ids"], tokenizer.eos_token_id)]

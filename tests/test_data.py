@@ -10,7 +10,7 @@ import torch
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from lorasc_ds.data import Layout, TrainingData, collate
+from lorasc_ds.data import Layout, TrainingSequences, collate
 from lorasc_ds.encoded import EncodedExample, ScoredTokens
 from lorasc_ds.encoding import Encoder
 from lorasc_ds.errors import ConfigError, DataError
@@ -178,11 +178,11 @@ def test_candidates_with_one_input_share_a_forward_pass() -> None:
     assert batch.token_sequence.tolist() == [0, 1, 2]
 
 
-def training_data(count: int, **options: int) -> TrainingData:
+def training_data(count: int, **options: int) -> TrainingSequences:
     examples = [EncodedExample(str(i), (ScoredTokens((1, i + 2, 2), 1 + i % 2),), (0,)) for i in range(count)]
     settings = {"micro_batch_size": 2, "layout": Layout(0)} | options
     order = Order(count, seed=settings.pop("seed", 3), batch_size=4)
-    return TrainingData(examples, order=order, loss="lm", **settings)
+    return TrainingSequences(examples, order=order, loss="lm", **settings)
 
 
 def test_every_epoch_sees_every_example_once_in_its_own_order() -> None:

@@ -229,7 +229,7 @@ def test_what_was_scored_before_an_error_stays(
     ]
     code, _, errors = evaluated(*flags)
     assert (code, len(errors.splitlines())) == (2, 1)
-    assert "an evaluation ran out of memory on 2 rows of" in errors
+    assert "an evaluation ran out of memory on 2 sequences of" in errors
     assert "--batch_size" in errors
     assert list(metrics_of(tmp_path / "out")) == ["copa"]
     assert not summary_of(tmp_path / "out")["complete"]

@@ -11,12 +11,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
 
+import image_models
 import pytest
 import torch
 import yaml
 from accelerate import Accelerator
 from conftest import RECIPE, ROOT
 from peft import LoraConfig, get_peft_model
+from PIL import Image
+from sklearn.datasets import load_sample_image
 from torch.utils.data import DataLoader
 from transformers import (
     AutoConfig,
@@ -38,7 +41,7 @@ from lorasc_ds.train import main
 FOLDER = RECIPE.parent
 RECIPES = sorted(path.name for path in FOLDER.glob("*.yaml"))
 ON_THE_QUICKSTART = [name for name in RECIPES if name.startswith("quickstart")]
-OF_LLAMA = [name for name in RECIPES if not name.startswith("quickstart")]
+ON_OTHERS = [name for name in RECIPES if not name.startswith("quickstart")]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 METHODS = README.split("\n## Methods\n")[1].split("\n## ")[0]
 MAKE_A_METHOD = {
@@ -140,6 +143,16 @@ def written(folder: Path, name: str, rows: list[dict[str, Any]]) -> None:
     (folder / name).write_text("\n".join(json.dumps(row) for row in rows))
 
 
+def photographs(folder: Path) -> None:
+    """Pieces of two real photographs: six of each for training, two held out."""
+    for wnid, name in (("n03028079", "china.jpg"), ("n11939491", "flower.jpg")):
+        whole = Image.fromarray(load_sample_image(name))
+        for at in range(8):
+            piece = folder / ("train" if at < 6 else "val") / wnid / f"{at}.jpg"
+            piece.parent.mkdir(parents=True, exist_ok=True)
+            whole.crop((70 * at, 100, 70 * at + 130, 200)).save(piece)
+
+
 def files_of(task: str, data: Path, made: Path) -> list[str]:
     """Flags that put released files, real or made, in the place of a hub data set or of one's own file."""
     folders = {"squad": data / "squad", "gsm8k": data / "gsm8k"}
@@ -162,6 +175,11 @@ def files_of(task: str, data: Path, made: Path) -> list[str]:
     if task == "drop":
         for name in ("train", "dev"):
             shutil.copy(data / "drop" / "allennlp_fixture_drop.json", made / f"drop_dataset_{name}.json")
+    if task in ("imagenet", "images"):
+        photographs(made)
+        (made / "names.txt").write_text("temple\nflower\n")
+        names = [f"--task.class_names={made / 'names.txt'}"] if task == "imagenet" else []
+        return [f"--task.data_dir={made}", "--task.dev_examples=2", *names]
     if task in ("alpaca", "instructions"):
         written(made, "train.jsonl", json.loads((data / "alpaca" / "random_9k.json").read_text())[:40])
         return [f"--task.train_file={made / 'train.jsonl'}", "--task.dev_examples=2"]
@@ -169,6 +187,8 @@ def files_of(task: str, data: Path, made: Path) -> list[str]:
         (made / "train.txt").write_text("Once upon a time there was a little dog. " * 400)
         return [f"--task.train_file={made / 'train.txt'}", "--task.block_size=32"]
     sizes = [f"--task.{split}_examples={count}" for split, count in (("train", 4), ("dev", 2), ("test", 2))]
+    if task == "digit_images":
+        return sizes
     answers = ["--task.max_new_tokens=16"] if task == "gsm8k" else []
     return [f"--task.data_dir={folders.get(task, made)}", *sizes, *answers]
 
@@ -183,9 +203,15 @@ def tiny_models(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     found: dict[str, Path] = {}
 
     def folder_of(name: str) -> Path:
-        kind = "qwen3" if "Qwen3" in name else "llama"
+        if name == "quickstart-vit":
+            return Path(name)
+        kind = next((kind for kind in ("Qwen3", "clip", "vit") if kind.lower() in name.lower()), "llama").lower()
         if kind not in found:
             found[kind] = tmp_path_factory.mktemp(kind)
+            if kind == "clip":
+                return image_models.clip(found[kind])
+            if kind == "vit":  # without a classifier, as the one that the recipe names
+                return image_models.vit(found[kind], classes=None)
             torch.manual_seed(0)
             AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **SHAPE)).save_pretrained(found[kind])
             AutoTokenizer.from_pretrained(shared_data / "models" / "stories260K").save_pretrained(found[kind])
@@ -195,7 +221,7 @@ def tiny_models(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 PAPER_TASKS = ["rte", "sst2", "cb", "boolq", "wsc", "wic", "multirc", "copa", "record", "squad", "drop", "gsm8k"]
-EXECUTED = [(name, None) for name in OF_LLAMA] + [("llama2-7b.yaml", task) for task in PAPER_TASKS[1:]]
+EXECUTED = [(name, None) for name in ON_OTHERS] + [("llama2-7b.yaml", task) for task in PAPER_TASKS[1:]]
 
 
 @pytest.mark.parametrize(("name", "task"), EXECUTED, ids=lambda value: str(value or ""))

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from lorasc_ds.image_task_config import ImageNetConfig, ImagesConfig, ImageTextConfig
+from lorasc_ds.image_task_config import (
+    CorruptedImagesConfig,
+    DigitImagesConfig,
+    ImageNetConfig,
+    ImagesConfig,
+    ImageTextConfig,
+    RobustnessConfig,
+)
 from lorasc_ds.task_config import (
     AnswerConfig,
     BbhConfig,
@@ -23,6 +30,7 @@ from lorasc_ds.tasks.answers import answers
 from lorasc_ds.tasks.base import Example, Generation, Message, Scores, Task
 from lorasc_ds.tasks.bbh import bbh
 from lorasc_ds.tasks.choices import choices
+from lorasc_ds.tasks.digit_images import digit_images
 from lorasc_ds.tasks.digits import digits
 from lorasc_ds.tasks.drop_few_shot import drop_few_shot
 from lorasc_ds.tasks.gsm8k import gsm8k
@@ -32,6 +40,7 @@ from lorasc_ds.tasks.image_text import image_text
 from lorasc_ds.tasks.instructions import instructions
 from lorasc_ds.tasks.mezo import Request
 from lorasc_ds.tasks.mmlu import mmlu
+from lorasc_ds.tasks.robustness import corrupted_images, robustness
 from lorasc_ds.tasks.text import text
 
 __all__ = ["Example", "Generation", "Message", "Scores", "Task", "load_task"]
@@ -70,10 +79,16 @@ def load_task(config: TaskConfig, seed: int, splits: Collection[str] = ("train",
             return drop_few_shot(**config.model_dump(exclude={"name"}))
         case HumanEvalConfig():
             return humaneval(**config.model_dump(exclude={"name"}))
+        case DigitImagesConfig():
+            return digit_images(seed=seed, **config.model_dump(exclude={"name"}))
         case ImageNetConfig():
             return imagenet(splits, **config.model_dump(exclude={"name"}))
         case ImagesConfig():
             return images(splits, **config.model_dump(exclude={"name"}))
+        case RobustnessConfig():
+            return robustness(**config.model_dump())
+        case CorruptedImagesConfig():
+            return corrupted_images(**config.model_dump(exclude={"name"}))
 
 
 def requested(config: SampledData, seed: int, splits: Collection[str]) -> Request:

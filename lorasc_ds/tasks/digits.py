@@ -70,6 +70,28 @@ def examples(split: str, images: Image, labels: NDArray[np.int64]) -> list[Examp
     return found
 
 
+def draw(
+    labels: NDArray[np.int64], train_examples: int, dev_examples: int, test_examples: int, label_noise: float, seed: int
+) -> list[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+    """The indices and the labels of train, dev and test, each (count,).
+
+    Only train has wrong labels: of exactly `round(label_noise * train_examples)` images, each drawn uniformly from the
+    nine wrong digits.
+
+    Args:
+        labels: of all images, in their fixed order.
+    """
+    rng = np.random.default_rng(seed)
+    adaptation = PRETRAINING_IMAGES + rng.permutation(ADAPTATION_IMAGES)
+    train, dev = adaptation[:train_examples], adaptation[train_examples:][:dev_examples]
+    test = PRETRAINING_IMAGES + ADAPTATION_IMAGES + np.arange(test_examples)
+
+    train_labels = labels[train].copy()
+    wrong = rng.permutation(train_examples)[: round(label_noise * train_examples)]
+    train_labels[wrong] = (train_labels[wrong] + rng.integers(1, 10, len(wrong))) % 10
+    return [(train, train_labels), (dev, labels[dev]), (test, labels[test])]
+
+
 def digits(
     *,
     domain: str,
@@ -83,19 +105,11 @@ def digits(
     """Adaptation from upright digits to `domain`.
 
     Splits: `train` and `dev` in the new domain, `new_domain`, that domain blurred and with noise, and
-    `old_domain` (upright: what was forgotten). Only `train` has wrong labels: of exactly
-    `round(label_noise * train_examples)` examples, each drawn uniformly from the nine wrong digits.
+    `old_domain` (upright: what was forgotten).
     """
     images, labels = load_images()
-    rng = np.random.default_rng(seed)
-    adaptation = PRETRAINING_IMAGES + rng.permutation(ADAPTATION_IMAGES)
-    train, dev = adaptation[:train_examples], adaptation[train_examples:][:dev_examples]
-    test = PRETRAINING_IMAGES + ADAPTATION_IMAGES + np.arange(test_examples)
-
-    train_labels = labels[train].copy()
-    wrong = rng.permutation(train_examples)[: round(label_noise * train_examples)]
-    train_labels[wrong] = (train_labels[wrong] + rng.integers(1, 10, len(wrong))) % 10
-
+    drawn = draw(labels, train_examples, dev_examples, test_examples, label_noise, seed)
+    (train, train_labels), (dev, dev_labels), (test, test_labels) = drawn
     shifted = DOMAINS[domain](images)
     return Task(
         name="digits",
@@ -104,10 +118,10 @@ def digits(
         headline="accuracy",
         splits={
             "train": examples("train", shifted[train], train_labels),
-            "dev": examples("dev", shifted[dev], labels[dev]),
-            "new_domain": examples("new_domain", shifted[test], labels[test]),
-            "new_domain_blurred": examples("new_domain_blurred", blurred(shifted[test]), labels[test]),
-            "new_domain_noisy": examples("new_domain_noisy", noisy(shifted[test]), labels[test]),
-            "old_domain": examples("old_domain", images[test], labels[test]),
+            "dev": examples("dev", shifted[dev], dev_labels),
+            "new_domain": examples("new_domain", shifted[test], test_labels),
+            "new_domain_blurred": examples("new_domain_blurred", blurred(shifted[test]), test_labels),
+            "new_domain_noisy": examples("new_domain_noisy", noisy(shifted[test]), test_labels),
+            "old_domain": examples("old_domain", images[test], test_labels),
         },
     )

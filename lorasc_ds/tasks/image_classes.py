@@ -119,16 +119,19 @@ def on_hub(
     """
     Args:
         places: the data set's split of every split; the first that is read names the classes.
+
+    Raises:
+        DataError: the classes of two splits differ, so that a label has two meanings.
     """
     found: dict[str, LabelledImages] = {}
     names: tuple[str, ...] = ()
     for split in needed(places, splits):
         found[split], its = hub_images(dataset, places[split], revision, image_column, label_column)
         names = names or its
-        if int(found[split].labels.max()) >= len(names):
+        if its != names[: len(its)]:
             raise DataError(
-                f"{dataset}/{places[split]} has class {int(found[split].labels.max())}, but there are {len(names)}"
-                " classes: set task.test_split to one with the same classes"
+                f"{dataset}/{places[split]} has {len(its)} classes that are not the {len(names)} of"
+                f" {dataset}/{places['train']}: set task.test_split and task.label_column to what has the same"
             )
     return found, names
 

@@ -5,6 +5,7 @@ What is held of an image is its path and its label, some 50 bytes: ImageNet's 1.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,6 +20,7 @@ from lorasc_ds.errors import DataError
 from lorasc_ds.tasks.base import Example, ImageSource
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".gif")
+MAX_BYTES = 2**28  # 256 MiB: a file that is larger is not read
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +37,8 @@ class FileImage:
 
     def read(self) -> bytes:
         with open(self.path, "rb") as file:
+            if os.fstat(file.fileno()).st_size > MAX_BYTES:
+                raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), self.path)
             return file.read()
 
 
@@ -248,3 +252,12 @@ def entries_of(root: Path, folder: str, key: str, resolved: Path) -> Iterator[os
                 yield entry
     except OSError as error:
         raise DataError(f"{key} {str(root / folder)!r}: {error.strerror}; give a folder that can be read") from error
+
+
+def labels_of(examples: Sequence[Example]) -> list[int]:
+    """The class of every image, without making examples where that can be helped."""
+    return examples.labels.tolist() if isinstance(examples, LabelledImages) else [one.gold[0] for one in examples]
+
+
+def groups_of(examples: Sequence[Example]) -> list[str]:
+    return examples.groups if isinstance(examples, LabelledImages) else [one.group for one in examples]

@@ -1,4 +1,4 @@
-"""The prompts that CLIP's authors averaged over on ImageNet, in their order (protocols appendix C); `{}` is the class."""
+"""The prompts that CLIP's authors averaged over, in their order (protocols appendix C); `{}` is the class."""
 
 SIMPLE = ("a photo of a {}.",)
 OPENAI = (

@@ -1,0 +1,115 @@
+"""Files that are no whole image: each is named in one line, and none takes memory or programs with it."""
+
+from __future__ import annotations
+
+import io
+import struct
+import warnings
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from lorasc_ds import images
+from lorasc_ds.images import Unreadable, evaluation_pixels, preprocessing_of, training_pixels
+from lorasc_ds.tasks.images import FileImage, StoredImage
+
+CLIP = preprocessing_of({"image_processor_type": "CLIPImageProcessor"})
+
+
+def encoded(image: Image.Image, form: str, **options: Any) -> StoredImage:
+    file = io.BytesIO()
+    image.save(file, form, **options)
+    return StoredImage("photo", file.getvalue())
+
+
+@pytest.fixture(scope="module")
+def picture() -> Image.Image:
+    return Image.fromarray(np.random.default_rng(0).integers(256, size=(60, 80, 3), dtype=np.uint8))
+
+
+def claiming(width: int, height: int) -> bytes:
+    """A PNG whose header says so, and that has no pixels."""
+    header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    data = b"IDAT" + zlib.compress(b"")
+    chunks = [struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk)) for chunk in (header, data)]  # fmt: skip
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "not an image"),
+        (b"once upon a time", "not an image"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n", "not an image"),
+        (claiming(60_000, 60_000), "more than 89,478,485 pixels, a decompression bomb"),
+        (claiming(10_000, 9_000), "more than 89,478,485 pixels, a decompression bomb"),  # of which PIL only warns
+        (claiming(0, 5), "not an image"),
+        (claiming(50, 50), "damaged"),
+    ],
+)
+def test_bad_files_are_named(content: bytes, reason: str) -> None:
+    before = warnings.filters.copy()
+    with pytest.raises(Unreadable, match=f"^n01/bad.jpg: {reason}") as caught:
+        evaluation_pixels(StoredImage("n01/bad.jpg", content), CLIP)
+    assert "\n" not in str(caught.value)
+    assert warnings.filters == before
+
+
+def test_truncated_and_missing_files(picture: Image.Image, tmp_path: Path) -> None:
+    whole = encoded(picture, "JPEG").content
+    for end in (200, len(whole) // 2, len(whole) - 30):
+        for pixels in (evaluation_pixels, lambda source, how: training_pixels(source, how, (0.9, 1.0), 0)):
+            with pytest.raises(Unreadable, match=r"^bad: (damaged|not an image)"):
+                pixels(StoredImage("bad", whole[:end]), CLIP)
+    with pytest.raises(Unreadable, match=r"^n01/a.jpg: No such file or directory$"):
+        evaluation_pixels(FileImage("n01/a.jpg", str(tmp_path / "a.jpg")), CLIP)
+    with pytest.raises(Unreadable, match=r"^n01: Is a directory$"):
+        evaluation_pixels(FileImage("n01", str(tmp_path)), CLIP)
+
+
+def test_a_file_that_is_too_large_is_not_read(tmp_path: Path) -> None:
+    with open(tmp_path / "a.bmp", "wb") as file:
+        file.truncate(2**40)
+    with pytest.raises(Unreadable, match=r"^a: File too large$"):
+        evaluation_pixels(FileImage("a", str(tmp_path / "a.bmp")), CLIP)
+
+
+def test_a_thin_image_does_not_grow_without_bound() -> None:
+    source = encoded(Image.new("L", (100_000, 1)), "PNG")
+    with pytest.raises(Unreadable, match=r"^photo: 100000 x 1 pixels are too far from a square to be resized$"):
+        evaluation_pixels(source, CLIP)
+    assert training_pixels(source, CLIP, (0.9, 1.0), 0).shape == (3, 224, 224)
+
+
+def test_warnings_on_metadata_are_not_passed_on(picture: Image.Image) -> None:
+    """ImageNet has such files: an EXIF block that says it is longer than it is."""
+    broken = b"Exif\x00\x00MM\x00*\x00\x00\x00\x08\x00\x05\x01\x12"
+    source = encoded(picture, "JPEG", exif=broken)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert evaluation_pixels(source, CLIP).shape == (3, 224, 224)
+    assert not caught
+
+
+@dataclass(frozen=True)
+class Lacking:
+    """A source that runs out of memory."""
+
+    name: str = "x"
+
+    def read(self) -> bytes:
+        return b"\x89PNG"
+
+
+def test_a_machine_without_memory_is_not_a_bad_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    def open_image(*args: Any, **options: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(images.Image, "open", open_image)
+    with pytest.raises(MemoryError):
+        evaluation_pixels(Lacking(), CLIP)

@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lorasc_ds import models
+from lorasc_ds.adapters import AdaptedWeight
 from lorasc_ds.config import Config, TrainingConfig
 from lorasc_ds.data import Batch, Layout, TrainingSequences, batch_for
 from lorasc_ds.encoded import EncodedExample, digest_of
@@ -122,6 +123,20 @@ def make_encoder(config: Config, task: Task, tokenizer: PreTrainedTokenizerBase,
         block_size=config.task.block_size if isinstance(config.task, TextConfig) else None,
         processor=processor_of(config.model, shape),
     )
+
+
+def refuse_unseen(encoder: Encoder, shape: PreTrainedModel, weights: Sequence[AdaptedWeight]) -> None:
+    """
+    Raises:
+        ConfigError: all adapted weights are for images, and there are none.
+    """
+    read = {id(parameter) for parameter in shape.get_decoder().parameters()}
+    if encoder.processor is not None and encoder.pixels is None and not any(id(one.weight) in read for one in weights):
+        raise ConfigError(
+            f"adapter.target_modules: {weights[0].name} and the others are for images, and the rows of task"
+            f" {encoder.task.name} have none: name layers of the language model too, or give the rows images"
+            " (task.use_images)"
+        )
 
 
 def repeated(splits: Mapping[str, Sequence[EncodedExample]]) -> Iterator[str]:

@@ -11,20 +11,21 @@ from typing import Any
 import image_text_model
 import pytest
 import torch
-from conftest import RECIPE, Command, Start, base_weights
+from conftest import RECIPE, Start, base_weights
 from forking import Job, group
 from forking import run as run_jobs
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from lorasc_ds import evaluate, export, models, show_data
+from lorasc_ds import evaluate, export, models, show_data, train
 from lorasc_ds.algorithm.ledger import Ledger, digest
 from lorasc_ds.config import ModelConfig
 from lorasc_ds.data import Layout, collate
 from lorasc_ds.encoded import EncodedExample, digest_of
 from lorasc_ds.encoding import Encoder
 from lorasc_ds.errors import ConfigError, DataError
+from lorasc_ds.evaluation import check_images
 from lorasc_ds.generation import Generator
 from lorasc_ds.image_task_config import ImageTextConfig
 from lorasc_ds.objectives import token_log_probabilities
@@ -328,14 +329,14 @@ SHORT = {"training.max_steps": 12, "cascade.experts": 3, "cascade.noise_intensit
 
 @pytest.fixture(scope="session")
 def runs(known: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The command with images and without them; and a short run on one process, and on two under ZeRO-3."""
+    """The command with images, and on two processes without them; a short run on one process, and on two under ZeRO-3."""
     folder = tmp_path_factory.mktemp("runs")
     engine = json.loads((RECIPE.parents[2] / "ds_configs" / "zero3.json").read_text())
     engine["zero_optimization"]["stage3_param_persistence_threshold"] = 0  # or so small a model would stay whole
     (folder / "zero3.json").write_text(json.dumps(engine))
     jobs = {
         "images": (settings_of(known), [{}]),
-        "blind": (settings_of(known, **{"task.use_images": "false"}), [{}]),
+        "blind": (settings_of(known, **{"task.use_images": "false"}), group(2)),  # a tower that has no part in the loss
         "short": (settings_of(known, **SHORT), [{}]),
         "zero3": ([*settings_of(known, **SHORT), f"--deepspeed={folder / 'zero3.json'}"], group(2)),
     }
@@ -437,7 +438,35 @@ def test_one_tower_alone_is_adapted(run: Start, known: Path, target: str, tower:
     assert sorted(name for name in before if not torch.equal(before[name], after[name])) == sorted(names)
 
 
-def test_packing_is_refused_and_data_is_shown(known: Path, command: Command, capsys: Any, tmp_path: Path) -> None:
+def test_the_vision_tower_alone_needs_images(known: Path, capsys: Any) -> None:
+    changed = {"task.use_images": "false", "adapter.target_modules": "['vision_tower.*.q_proj']"}
+    assert train.main(["--dry_run", *settings_of(known, **changed)], RECIPE) == 2
+    assert (
+        "vision_tower.encoder.layers.0.self_attn.q_proj.weight and the others are for images" in capsys.readouterr().err
+    )
+
+
+def test_a_model_that_looks_ahead_is_refused(
+    known: Path, llava: Any, write: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = task_of(write({"image": "one.png", "question": "is it even ?", "answer": "yes"}))
+    encoder = encoder_of(known, task)
+    (one,) = encoder.encode()["train"]
+    batch = collate([one.candidates], [0], layout_of(encoder))
+    check_images(llava, batch)
+    forward = llava.forward
+
+    def ahead(input_ids: torch.Tensor, **rest: Any) -> Any:
+        found = forward(input_ids=input_ids, **rest)
+        found.logits += input_ids[:, -1]
+        return found
+
+    monkeypatch.setattr(llava, "forward", ahead)
+    with pytest.raises(ConfigError, match="lets a token of an answer see those after it"):
+        check_images(llava, batch)
+
+
+def test_packing_is_refused_and_data_is_shown(known: Path, capsys: Any) -> None:
     changed = dict(one.removeprefix("--").split("=", 1) for one in settings_of(known, **{"training.packing": "true"}))
     arguments = [f"--{key}={value}" for key, value in changed.items()]
     assert show_data.main(arguments, RECIPE) == 2
@@ -447,3 +476,5 @@ def test_packing_is_refused_and_data_is_shown(known: Path, command: Command, cap
     assert "<image><image><image><image>" in shown.replace(" ", "")
     assert "reference: " in shown
     assert "image: images/" in shown
+    assert train.main(["--dry_run", *arguments, "--training.packing=false"], RECIPE) == 0
+    assert "<image>" in capsys.readouterr().out

@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from itertools import accumulate
 from typing import ClassVar, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from lorasc_ds.encoded import EncodedExample, ScoredTokens
+from lorasc_ds.encoded import EncodedExample, ScoredTokens, Visuals
 from lorasc_ds.order import Order
 from lorasc_ds.streaming import taken
+from lorasc_ds.visuals import Pixels, image_inputs
 
 
 class Named(Protocol):
@@ -41,11 +42,14 @@ class Layout:
         share_prefixes: what the candidates of an example begin with is read once, in one row with what each goes on
             with; a token sees its own candidate alone.
         pack: several sequences stand in one row, instead of padding; none sees another.
+        pixels: makes the images of a batch's rows, in their order, what the model takes of them, by name; None: there
+            are none. A row with images is one sequence.
     """
 
     pad_id: int
     share_prefixes: bool = False
     pack: bool = False
+    pixels: Pixels | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,10 +59,12 @@ class Tree:
     Args:
         common: what they all begin with.
         branches: what each goes on with; those that end there have none.
+        visuals: of a single sequence. Sequences with other images are others, be their tokens the same.
     """
 
     common: tuple[int, ...]
     branches: tuple[tuple[int, ...], ...] = ()
+    visuals: Visuals | None = None
 
     @property
     def size(self) -> int:
@@ -96,8 +102,9 @@ def trees_of(candidates: Sequence[ScoredTokens], share_prefixes: bool) -> dict[t
     """For each input of an example's candidates the tree that it is read in; its own, where little is common."""
     inputs = list(dict.fromkeys(candidate.ids[:-1] for candidate in candidates))
     common = common_length(candidate.ids for candidate in candidates)
-    if not share_prefixes or len(inputs) == 1 or 4 * common < min(map(len, inputs)):
-        return {one: Tree(one) for one in inputs}
+    visuals = candidates[0].visuals
+    if not share_prefixes or visuals or len(inputs) == 1 or 4 * common < min(map(len, inputs)):
+        return {one: Tree(one, visuals=visuals) for one in inputs}
     tree = Tree(inputs[0][:common], tuple(one[common:] for one in inputs if len(one) > common))
     return dict.fromkeys(inputs, tree)
 
@@ -137,6 +144,8 @@ class Batch:
         candidates: sequences of each example; they follow one another.
         gold: the right candidate of each example.
         input_tokens: what the model reads, padding not counted.
+        images: what the model takes besides, by name: the pixels of all images in the order of the rows, and what tells
+            of every token what it is, (rows, length).
     """
 
     input_ids: Tensor
@@ -149,6 +158,7 @@ class Batch:
     candidates: tuple[int, ...]
     gold: tuple[int, ...]
     input_tokens: int
+    images: Mapping[str, Tensor] = field(default_factory=dict)
 
     unreadable: ClassVar[tuple[str, ...]] = ()
     also_lower: ClassVar[str] = " or training.max_length"
@@ -175,7 +185,8 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         held = {field.name: getattr(self, field.name) for field in fields(self)}
-        return replace(self, **{name: one.to(device) for name, one in held.items() if isinstance(one, Tensor)})
+        moved = {name: one.to(device) for name, one in held.items() if isinstance(one, Tensor)}
+        return replace(self, **moved, images={name: one.to(device) for name, one in self.images.items()})
 
 
 def collate(examples: Sequence[Sequence[ScoredTokens]], gold: Sequence[int], layout: Layout) -> Batch:
@@ -225,6 +236,7 @@ def collate(examples: Sequence[Sequence[ScoredTokens]], gold: Sequence[int], lay
         candidates=tuple(len(candidates) for candidates in examples),
         gold=tuple(gold),
         input_tokens=int(lengths.sum()),
+        images=image_inputs([found[members[0]].visuals for members in rows], length, layout.pixels),
     )
 
 

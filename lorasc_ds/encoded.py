@@ -8,6 +8,22 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from lorasc_ds.tasks import Example
+from lorasc_ds.tasks.base import ImageSource
+
+
+@dataclass(frozen=True, slots=True)
+class Visuals:
+    """What a vision-language model is given of a sequence besides its tokens.
+
+    Args:
+        images: in the order of their places among the tokens.
+        sha256: of the files of the images.
+        kinds: of every token, by the name of the model's input (`token_type_ids`, `mm_token_type_ids`).
+    """
+
+    images: tuple[ImageSource, ...]
+    sha256: str
+    kinds: tuple[tuple[str, tuple[int, ...]], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,11 +33,13 @@ class ScoredTokens:
     Args:
         scored: how many are predicted.
         positions: which; None: the last ones. Never the first token.
+        visuals: None, where there is text alone.
     """
 
     ids: tuple[int, ...]
     scored: int
     positions: tuple[int, ...] | None = None
+    visuals: Visuals | None = None
 
     @property
     def targets(self) -> Sequence[int]:
@@ -39,6 +57,7 @@ class EncodedExample:
         group: as in `Example`.
         cut: tokens that the longest of its sequences lost to the limit.
         shots_left_out: demonstrations that its prompt lost to the limit.
+        visuals: of the prompt.
     """
 
     id: str
@@ -49,6 +68,7 @@ class EncodedExample:
     group: str = ""
     cut: int = 0
     shots_left_out: int = 0
+    visuals: Visuals | None = None
 
     @property
     def target(self) -> ScoredTokens:
@@ -66,7 +86,7 @@ class Prompt:
 
 
 def digest_of(examples: Iterable[EncodedExample]) -> str:
-    """sha256 over examples in their order: ids, tokens, what is scored and what is right."""
+    """sha256 over examples in their order: ids, tokens, images, what is scored and what is right."""
     total = hashlib.sha256()
     for example in examples:
         lengths = [number for candidate in example.candidates for number in (len(candidate.ids), candidate.scored)]
@@ -75,5 +95,6 @@ def digest_of(examples: Iterable[EncodedExample]) -> str:
             numbers.extend(candidate.ids)
             numbers.extend(candidate.positions or ())
         numbers.extend(example.prompt)
-        total.update(example.id.encode() + b"\0" + numbers.tobytes())
+        images = "" if example.visuals is None else example.visuals.sha256
+        total.update(example.id.encode() + b"\0" + numbers.tobytes() + images.encode())
     return total.hexdigest()

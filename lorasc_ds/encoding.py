@@ -10,6 +10,9 @@ from transformers import PreTrainedTokenizerBase
 from lorasc_ds.chat import encode_chat
 from lorasc_ds.encoded import EncodedExample, Prompt, ScoredTokens
 from lorasc_ds.errors import ConfigError, DataError
+from lorasc_ds.image_encoding import encode_image_text
+from lorasc_ds.images import Unreadable
+from lorasc_ds.processing import ImageTextProcessor
 from lorasc_ds.streaming import EncodedBlocks, EncodedRows
 from lorasc_ds.tasks import Example, Task
 from lorasc_ds.tasks.streams import Stream
@@ -24,6 +27,7 @@ class Encoder:
         model_limit: positions of the model, or None.
         vocabulary_size: rows of the model's embedding.
         block_size: tokens in a packed sequence of a `documents` task, else None.
+        processor: of a vision-language model; None: the model reads text alone.
 
     Raises:
         ConfigError: a length is more than the model allows.
@@ -38,6 +42,7 @@ class Encoder:
         model_limit: int | None,
         vocabulary_size: int,
         block_size: int | None = None,
+        processor: ImageTextProcessor | None = None,
     ) -> None:
         for key, length in (("training.max_length", max_length), ("task.block_size", block_size)):
             if length is not None and model_limit is not None and length > model_limit:
@@ -57,9 +62,11 @@ class Encoder:
             self.limit = self.room(self.limit, task.generation.max_new_tokens)
         self.vocabulary_size = vocabulary_size
         self.block_size = block_size or 0
+        self.processor = processor
         self.truncated = 0
         self.shots_left_out = 0
         self.left_out = 0  # rows of which the limit leaves nothing that is scored
+        self.unreadable: list[Unreadable] = []  # why rows are left out
         # Some tokenizers close every text by themselves; whether a text ends is said here alone.
         probe = self.encode_texts(["a"])[0]  # not the empty text, which is all but what may open a text
         self.closes_texts = bool(self.end) and len(probe) > 1 and probe[-1:] == self.end
@@ -79,9 +86,25 @@ class Encoder:
         own = 0 if self.tokenizer.pad_token_id is None else single_id(self.tokenizer.pad_token_id)
         return own if own < self.vocabulary_size else 0
 
-    def encode_texts(self, texts: list[str]) -> list[list[int]]:
-        # an empty list is more than transformers 5.23 can take
-        return cast(list[list[int]], self.tokenizer(texts, verbose=False)["input_ids"]) if texts else []
+    @property
+    def pixels(self) -> ImageTextProcessor | None:
+        """Of the images of the task's rows; None where they have none."""
+        images = any(example.images for examples in self.task.splits.values() for example in examples[:1])
+        return self.processor if images else None
+
+    def unreadable_lines(self) -> tuple[str, ...]:
+        """Which rows are left out for their images, and why."""
+        return tuple(f"a row is left out: {error}" for error in self.unreadable)
+
+    def encode_texts(self, texts: list[str], special: bool = True) -> list[list[int]]:
+        """Token ids of every text; the tokenizer adds its special tokens, or none."""
+        if not texts:  # which is more than transformers 5.23 can take
+            return []
+        return cast(list[list[int]], self.tokenizer(texts, add_special_tokens=special, verbose=False)["input_ids"])
+
+    def without_end(self, ids: list[int]) -> list[int]:
+        """Without the end of text that the tokenizer adds by itself."""
+        return ids[:-1] if self.closes_texts and ids[-1:] == self.end else ids
 
     def encode(self) -> dict[str, Sequence[EncodedExample]]:
         """Every split of the task.
@@ -107,15 +130,15 @@ class Encoder:
                 return self.pack(examples)
             case "sequences":
                 return self.encode_sequences(examples)
+            case "generation" if self.task.ends:
+                return encode_image_text(self, examples)
             case _:
                 return self.encode_answers(examples)
 
     def tokens(self, texts: Iterable[tuple[str, str]]) -> dict[str, list[int]]:
         """Token ids by text; `texts` yields (text, id of the example it is from) and may repeat itself."""
         origins = dict(texts)
-        ids = self.encode_texts(list(origins))
-        if self.closes_texts:
-            ids = [of_text[:-1] for of_text in ids]
+        ids = list(map(self.without_end, self.encode_texts(list(origins))))
         for where, of_text in zip(origins.values(), ids, strict=True):
             self.check_vocabulary(of_text, where)
         return dict(zip(origins, ids, strict=True))

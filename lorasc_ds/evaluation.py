@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from lorasc_ds.data import Layout, collate, trees_of
+from lorasc_ds.data import Batch, Layout, collate, trees_of
 from lorasc_ds.encoded import EncodedExample, ScoredTokens
 from lorasc_ds.errors import ConfigError
 from lorasc_ds.generation import Generator
@@ -122,6 +122,26 @@ def check_layout(model: nn.Module, layout: Layout, device: torch.device) -> None
             "training.share_prefixes and training.packing need a model that sees of a row what it is told to see, and"
             f" this one does not (logits move by {max(float(leak), float(change)):.2g} of their standard deviation):"
             " set both false"
+        )
+
+
+def check_images(model: nn.Module, batch: Batch) -> None:
+    """Try another last token in a row with images: what is predicted before it must not change.
+
+    Args:
+        batch: one row.
+
+    Raises:
+        ConfigError: it does.
+    """
+    other = batch.input_ids.clone()
+    other[:, -1] = batch.token_target[-1]
+    with evaluation_mode(model):
+        before, after = (scored_logits(model, replace(batch, input_ids=ids))[:-1] for ids in (batch.input_ids, other))
+    if before.numel() and (before - after).abs().max() > 1e-3 * before.std():
+        raise ConfigError(
+            "model.name_or_path: where there are images, the model lets a token of an answer see those after it, so"
+            " that the loss would be that of a copy; take another vision-language model"
         )
 
 

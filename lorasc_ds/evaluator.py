@@ -25,6 +25,7 @@ from lorasc_ds.evaluation import check_layout, evaluate
 from lorasc_ds.generation import Generator
 from lorasc_ds.image_reading import ImageReading, image_reading, workers_of
 from lorasc_ds.preparation import Reading
+from lorasc_ds.processing import processor_of
 from lorasc_ds.reports import shown
 from lorasc_ds.scoring import Record
 from lorasc_ds.sharding import Processes, detect, failing_together, speaking_once_per_node, start
@@ -111,7 +112,7 @@ class Scorer:
             self.model,
             reading.tokenizer,
             task.generation,
-            pad_id=reading.layout.pad_id,
+            layout=reading.layout,
             synced=self.synced,
             seed=self.options.seed,
         )
@@ -214,6 +215,7 @@ def read(config: TaskConfig, options: EvaluateOptions, subject: Subject, shape: 
             check_head(subject, scored)
         reading: Reading = image_reading(subject.model, task, scored, shape, options.seed, workers)
         return ReadTask(config, task, reading)
+    processor = processor_of(subject.model, shape)
     encoder = Encoder(
         models.load_tokenizer(subject.model),
         task,
@@ -221,9 +223,12 @@ def read(config: TaskConfig, options: EvaluateOptions, subject: Subject, shape: 
         model_limit=models.longest_sequence(shape),
         vocabulary_size=models.vocabulary_size(shape),
         block_size=config.block_size if isinstance(config, TextConfig) else None,
+        processor=processor,
     )
     shares = options.share_prefixes and models.takes_attention_bias(shape)
-    return ReadTask(config, task, TextReading(encoder, encoder.encode(), Layout(encoder.pad_id, shares)))
+    return ReadTask(
+        config, task, TextReading(encoder, encoder.encode(), Layout(encoder.pad_id, shares, pixels=processor))
+    )
 
 
 def check_head(subject: Subject, classes: Classes) -> None:

@@ -17,9 +17,11 @@ from transformers import (
     StoppingCriteriaList,
 )
 
+from lorasc_ds.data import Layout
 from lorasc_ds.encoded import EncodedExample
 from lorasc_ds.order import derived_seed
 from lorasc_ds.tasks import Generation
+from lorasc_ds.visuals import image_inputs
 
 
 class Generator:
@@ -27,7 +29,7 @@ class Generator:
 
     Args:
         model: the module whose weights may be cut up, in evaluation mode when it is called.
-        pad_id: fills prompts up at their beginning, masked.
+        layout: its `pad_id` fills prompts up at their beginning, masked.
         synced: whether every process takes part in every step of every other, as ZeRO-3 needs.
         seed: of sampling.
     """
@@ -38,14 +40,15 @@ class Generator:
         tokenizer: PreTrainedTokenizerBase,
         generation: Generation,
         *,
-        pad_id: int,
+        layout: Layout,
         synced: bool = False,
         seed: int = 0,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.generation = generation
-        self.pad_id = pad_id
+        self.layout = layout
+        self.pad_id = layout.pad_id
         self.synced = synced
         self.seed = seed
         self.ends = ids_of(tokenizer.eos_token_id) | ids_of(getattr(model.generation_config, "eos_token_id", None))
@@ -71,6 +74,7 @@ class Generator:
             pad_token_id=self.pad_id,
             eos_token_id=sorted(self.ends) or None,
         )
+        images = image_inputs([example.visuals for example in examples], length, self.layout.pixels, padded_left=True)
         own, self.model.generation_config = self.model.generation_config, plain  # the model's own sampling, penalties
         try:
             generated = cast(Any, self.model).generate(
@@ -79,6 +83,7 @@ class Generator:
                 logits_processor=processors,
                 stopping_criteria=StoppingCriteriaList([Stop(self, length)]),
                 synced_gpus=self.synced,
+                **{name: one.to(device) for name, one in images.items()},
             )
         finally:
             self.model.generation_config = own

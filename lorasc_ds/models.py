@@ -187,6 +187,9 @@ def load_model(config: ModelConfig) -> PreTrainedModel:
                 f" its files ({', '.join(absent[:3])}): they would be random; give a complete checkpoint"
                 + (" or, to train a new classifier, task.train_head true" if absent[0].startswith(CLASSIFIER) else "")
             )
+    # ZeRO-3's loader keeps the renamings that no name of the files needed, too; reverted, they would make other names.
+    if getattr(model, "_weight_conversions", None) is not None:
+        model._weight_conversions = [one for one in model._weight_conversions if one.was_used()]
     return model
 
 

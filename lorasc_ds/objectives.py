@@ -30,7 +30,7 @@ def scored_logits(model: nn.Module, batch: Batch) -> Tensor:
     else:  # the first parameter is the embedding's, in the dtype that attention computes in
         bias = attention_bias(batch.segments, next(model.parameters()).dtype)
         rows = {"attention_mask": bias, "position_ids": batch.segments[0]}
-    logits = model(input_ids=batch.input_ids, use_cache=False, **rows).logits
+    logits = model(input_ids=batch.input_ids, use_cache=False, **rows, **batch.images).logits
     return logits[batch.token_row, batch.token_position].float()
 
 

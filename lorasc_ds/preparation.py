@@ -19,7 +19,7 @@ from lorasc_ds.errors import ConfigError
 from lorasc_ds.image_reading import ImageReading, read_images, with_labels
 from lorasc_ds.method import Method, make_method, make_plan, make_schedule, unused_settings
 from lorasc_ds.tasks import Task, load_task
-from lorasc_ds.text_reading import TextReading, read_text
+from lorasc_ds.text_reading import TextReading, read_text, refuse_unseen
 
 Reading = TextReading | ImageReading
 
@@ -188,6 +188,8 @@ def prepare(config: Config, rank: int = 0, world_size: int = 1) -> Preparation:
     shape = models.load_shape(config.model)
     reading: Reading = read_text(config, task, shape) if task.classes is None else read_images(config, task, shape)
     weights = attach_adapters(config, shape)
+    if isinstance(reading, TextReading):
+        refuse_unseen(reading.encoder, shape, weights)
     network = reading.network(shape)
     if training.batch_size > len(reading.splits["train"]):
         raise ConfigError(

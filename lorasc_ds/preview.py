@@ -33,6 +33,7 @@ def example_lines(tokenizer: PreTrainedTokenizerBase, example: EncodedExample, *
         yield f"    prompt ({len(example.prompt)} tokens) {text(prompt if full else shortened(prompt))}"
     if example.source is not None:
         for name, value in (
+            *(("image", one.name) for one in example.source.images),
             *(("reference", one) for one in example.source.references),
             *example.source.details.items(),
         ):

@@ -12,6 +12,7 @@ from lorasc_ds.image_task_config import (
     DigitImagesConfig,
     ImageNetConfig,
     ImagesConfig,
+    ImageTextConfig,
     RobustnessConfig,
 )
 from lorasc_ds.section import PublicData, Section
@@ -222,6 +223,7 @@ TrainableTask = (
     | ImageNetConfig
     | ImagesConfig
     | DigitImagesConfig
+    | ImageTextConfig
 )
 Benchmark = MmluConfig | BbhConfig | DropFewShotConfig | HumanEvalConfig | RobustnessConfig | CorruptedImagesConfig
 TaskConfig = TrainableTask | Benchmark

@@ -11,12 +11,14 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lorasc_ds import models
+from lorasc_ds.adapters import AdaptedWeight
 from lorasc_ds.config import Config, TrainingConfig
 from lorasc_ds.data import Batch, Layout, TrainingSequences, batch_for
 from lorasc_ds.encoded import EncodedExample, digest_of
 from lorasc_ds.encoding import Encoder
 from lorasc_ds.errors import ConfigError
 from lorasc_ds.order import Order, Source, sources_of
+from lorasc_ds.processing import processor_of
 from lorasc_ds.streaming import EncodedStream, looked_at
 from lorasc_ds.task_config import TextConfig
 from lorasc_ds.tasks import Task
@@ -70,7 +72,7 @@ class TextReading:
     @property
     def saved(self) -> list[Any]:
         """What belongs in the folder of a model."""
-        return [self.tokenizer]
+        return [self.tokenizer if self.encoder.processor is None else self.encoder.processor.processor]
 
     def network(self, model: PreTrainedModel) -> PreTrainedModel:
         """What an engine is given."""
@@ -101,6 +103,7 @@ class TextReading:
             yield f"{self.encoder.truncated} sequences were too long and are cut"
         if self.encoder.shots_left_out:
             yield f"{self.encoder.shots_left_out} demonstrations are left out of prompts that were too long"
+        yield from self.encoder.unreadable_lines()
 
 
 def read_text(config: Config, task: Task, shape: PreTrainedModel) -> TextReading:
@@ -109,7 +112,7 @@ def read_text(config: Config, task: Task, shape: PreTrainedModel) -> TextReading
         ConfigError, DataError: in one line.
     """
     encoder = make_encoder(config, task, models.load_tokenizer(config.model), shape)
-    return TextReading(encoder, encoder.encode(), layout_of(config.training, shape, encoder.pad_id))
+    return TextReading(encoder, encoder.encode(), layout_of(config.training, shape, encoder))
 
 
 def make_encoder(config: Config, task: Task, tokenizer: PreTrainedTokenizerBase, shape: PreTrainedModel) -> Encoder:
@@ -121,36 +124,62 @@ def make_encoder(config: Config, task: Task, tokenizer: PreTrainedTokenizerBase,
         model_limit=models.longest_sequence(shape),
         vocabulary_size=models.vocabulary_size(shape),
         block_size=config.task.block_size if isinstance(config.task, TextConfig) else None,
+        processor=processor_of(config.model, shape),
     )
+
+
+def refuse_unseen(encoder: Encoder, shape: PreTrainedModel, weights: Sequence[AdaptedWeight]) -> None:
+    """
+    Raises:
+        ConfigError: all adapted weights are for images, and there are none.
+    """
+    read = {id(parameter) for parameter in shape.get_decoder().parameters()}
+    if encoder.processor is not None and encoder.pixels is None and not any(id(one.weight) in read for one in weights):
+        raise ConfigError(
+            f"adapter.target_modules: {weights[0].name} and the others are for images, and the rows of task"
+            f" {encoder.task.name} have none: name layers of the language model too, or give the rows images"
+            " (task.use_images)"
+        )
 
 
 def repeated(splits: Mapping[str, Sequence[EncodedExample]]) -> Iterator[str]:
     """What stands in the training examples twice, or in another split too, token for token."""
     seen = looked_at(splits["train"])
-    train = {example.target.ids for example in seen}
+    train = {same_as(example) for example in seen}
     twice = len(seen) - len(train)
     if twice:
         yield f"{twice} of {len(seen)} training examples are repetitions of others"
     for split, examples in splits.items():
         if split == "train":  # of a stream not to be read whole
             continue
-        known = sum(bool(example.candidates) and example.target.ids in train for example in examples)
+        known = sum(bool(example.candidates) and same_as(example) in train for example in examples)
         if known:
             yield f"{known} of {len(examples)} examples of {split} are training examples too: its score is no test"
 
 
-def layout_of(training: TrainingConfig, shape: PreTrainedModel, pad_id: int) -> Layout:
+def same_as(example: EncodedExample) -> tuple[tuple[int, ...], str]:
+    """What examples that repeat each other have in common: tokens and images."""
+    return example.target.ids, "" if example.visuals is None else example.visuals.sha256
+
+
+def layout_of(training: TrainingConfig, shape: PreTrainedModel, encoder: Encoder) -> Layout:
     """
     Raises:
-        ConfigError: rows cannot be packed for this model.
+        ConfigError: rows cannot be packed for this model, or with images in them.
     """
-    able = models.takes_attention_bias(shape)
+    pixels = encoder.pixels
+    if training.packing and pixels is not None:
+        raise ConfigError(
+            f"training.packing is true, but the rows of task {encoder.task.name} have images, which stand in rows of"
+            " their own: set it false"
+        )
+    able = pixels is None and models.takes_attention_bias(shape)
     if training.packing and not able:
         raise ConfigError(
             f"training.packing is true, but {type(shape).__name__} has layers that do not attend to all that stands"
             " before, so that sequences in one row would see each other: set it false"
         )
-    return Layout(pad_id, share_prefixes=training.share_prefixes and able, pack=training.packing)
+    return Layout(encoder.pad_id, training.share_prefixes and able, training.packing, pixels)
 
 
 def order_of(examples: Sequence[EncodedExample], task: Task, training: TrainingConfig) -> Order:

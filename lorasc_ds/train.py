@@ -108,6 +108,8 @@ def run(invocation: Invocation, stopping: Stopping) -> None:
         accumulation=preparation.accumulation,
         max_grad_norm=config.training.max_grad_norm,
         timeout_seconds=config.training.ddp_timeout,
+        # LLaVA's last vision layers are read by nothing; where there are no images, its whole tower
+        skips_weights=models.kind_of(config.model, preparation.shape.config) == "image_text",
     )
     processes = Processes(launch.rank, launch.world_size, accelerator.device)
     main = launch.rank == 0

@@ -22,7 +22,7 @@ from lorasc_ds.classifier import ImageClassifier, SavedHead, make_rows
 from lorasc_ds.data import Batch
 from lorasc_ds.encoded import EncodedExample
 from lorasc_ds.errors import CheckpointError, ConfigError
-from lorasc_ds.evaluation import check_layout, evaluate, evaluation_mode, for_the_loss_alone
+from lorasc_ds.evaluation import check_images, check_layout, evaluate, evaluation_mode, for_the_loss_alone
 from lorasc_ds.generation import Generator
 from lorasc_ds.image_data import ImageBatch
 from lorasc_ds.image_reading import ImageReading
@@ -109,6 +109,10 @@ class Trainer:
         elif isinstance(preparation.reading, TextReading):
             models.refuse_bidirectional(config.model, module, self.logits)
             check_layout(self.engine.model, preparation.reading.layout, self.processes.device)
+            if preparation.reading.layout.pixels is not None:
+                check_images(
+                    self.engine.model, preparation.reading.probe("train", 1, PROBE_TOKENS).to(self.processes.device)
+                )
         self.base_sha256 = self.weights_sha256()
         self.base_checksum = self.live.checksum(backbone_parameters(module))
         self.batches = Ahead(data.step, preparation.plan.steps, preparation.reading.workers)
@@ -169,7 +173,7 @@ class Trainer:
             self.module,
             preparation.reading.tokenizer,
             preparation.task.generation,
-            pad_id=preparation.reading.layout.pad_id,
+            layout=preparation.reading.layout,
             synced=self.engine.zero_stage == 3,
             seed=preparation.config.training.seed,
         )

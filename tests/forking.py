@@ -22,6 +22,7 @@ from typing import Any
 IMPORTED = (
     "engine_cases",
     "faulty_run",
+    "image_text_model",
     "interruptions",
     "plugin_cases",
     "sklearn.datasets",

@@ -42,7 +42,7 @@ def words(text: str, example: Example) -> dict[str, float]:
 def generator_of(stories: Stories, **options: object) -> Generator:
     model, tokenizer = stories
     settings = {"max_new_tokens": 24, "score": words, "stop": (".",)} | options
-    return Generator(model, tokenizer, Generation(**settings), pad_id=0)
+    return Generator(model, tokenizer, Generation(**settings), layout=Layout(0))
 
 
 def encoded(stories: Stories, references: tuple[str, ...] = ()) -> list[EncodedExample]:
@@ -112,7 +112,7 @@ def test_sampling_depends_on_the_seed_and_the_example_alone(stories: Stories) ->
     alone = [answer for at in (4, 2, 0, 3, 1) for answer in generator([examples[at]], [at])]
     assert alone == [together[at] for at in (4, 2, 0, 3, 1)]
     assert together != generator_of(stories)(examples, range(5))
-    other = Generator(*stories, generator.generation, pad_id=0, seed=1)
+    other = Generator(*stories, generator.generation, layout=Layout(0), seed=1)
     assert together != other(examples, range(5))
     assert torch.equal(torch.get_rng_state(), state)
 

@@ -72,7 +72,9 @@ def evaluated(
     model, tokenizer = stories
     encoder = Encoder(tokenizer, task, max_length=None, model_limit=512, vocabulary_size=512)
     encoded, records = encoder.encode(), []
-    generator = None if task.generation is None else Generator(model, tokenizer, task.generation, pad_id=encoder.pad_id)
+    generator = (
+        None if task.generation is None else Generator(model, tokenizer, task.generation, layout=Layout(encoder.pad_id))
+    )
     scores = evaluate(
         model,
         task,

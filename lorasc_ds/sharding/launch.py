@@ -137,9 +137,18 @@ def engine_settings(deepspeed: Path | None, environment: Mapping[str, str]) -> t
 
 
 def start(
-    launch: Launch, *, micro_batch_size: int, accumulation: int, max_grad_norm: float | None, timeout_seconds: int
+    launch: Launch,
+    *,
+    micro_batch_size: int,
+    accumulation: int,
+    max_grad_norm: float | None,
+    timeout_seconds: int,
+    skips_weights: bool = False,
 ) -> Accelerator:
     """Form the process group and begin Accelerate, with DeepSpeed's settings complete.
+
+    Args:
+        skips_weights: whether trained weights may have no part in a loss, which DDP has to look for at every step.
 
     Raises:
         ConfigError: the group has another size than the launcher says.
@@ -154,7 +163,7 @@ def start(
     if launch.engine is None and launch.world_size == 1:
         accelerator = Accelerator(mixed_precision="no", cpu=on_cpu)
     elif launch.engine is None:
-        buckets = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
+        buckets = DistributedDataParallelKwargs(gradient_as_bucket_view=True, find_unused_parameters=skips_weights)
         accelerator = Accelerator(mixed_precision="no", cpu=on_cpu, kwargs_handlers=[group, buckets])
     else:
         if "WORLD_SIZE" not in os.environ:

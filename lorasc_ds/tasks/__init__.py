@@ -9,6 +9,7 @@ from lorasc_ds.image_task_config import (
     DigitImagesConfig,
     ImageNetConfig,
     ImagesConfig,
+    ImageTextConfig,
     RobustnessConfig,
 )
 from lorasc_ds.task_config import (
@@ -35,6 +36,7 @@ from lorasc_ds.tasks.drop_few_shot import drop_few_shot
 from lorasc_ds.tasks.gsm8k import gsm8k
 from lorasc_ds.tasks.humaneval import humaneval
 from lorasc_ds.tasks.image_classes import imagenet, images
+from lorasc_ds.tasks.image_text import image_text
 from lorasc_ds.tasks.instructions import instructions
 from lorasc_ds.tasks.mezo import Request
 from lorasc_ds.tasks.mmlu import mmlu
@@ -60,6 +62,8 @@ def load_task(config: TaskConfig, seed: int, splits: Collection[str] = ("train",
             return text(**config.model_dump(exclude={"name", "block_size"}))
         case InstructionConfig():
             return instructions(**config.model_dump())
+        case ImageTextConfig():
+            return image_text(**config.model_dump(exclude={"name"}))
         case ChoiceConfig():
             return choices(config.name, config.loss, requested(config, seed, splits))
         case AnswerConfig():

@@ -46,7 +46,8 @@ class Example:
         references: the right answers that a generated one is compared with.
         header, shots: what stands before the prompt where an answer is generated: a heading, and solved questions,
             of which the last are left out until the prompt fits.
-        messages: a chat, in place of `prompt` and `texts`; the tokenizer's chat template makes the text.
+        messages: a chat, in place of `prompt` and `texts`; the tokenizer's chat template makes the text. Where these
+            are given too, they are for a tokenizer or processor without a template.
         group: the subject, source or subset it belongs to; each is reported on its own.
         details: what else the score of an answer needs (HumanEval: its tests).
         images: what the question is about: the image whose class is `gold` (kind `classes`), or those whose places in
@@ -138,6 +139,8 @@ class Task:
             out of the loss.
         weights: shares of the groups in the training examples; None: as many as there are.
         classes: of kind `classes`.
+        unreadable: what an image that cannot be decoded does to a row of `images` and texts: the row is left out and
+            named (`skip`), or ends the run (`refuse`).
         combine: metrics of a split made of its accuracy in every group, in place of their mean (ImageNet-C's).
     """
 
@@ -155,6 +158,7 @@ class Task:
     mask_prompt: bool = False
     weights: Mapping[str, float] | None = None
     classes: Classes | None = None
+    unreadable: Literal["skip", "refuse"] = "refuse"
     combine: Callable[[Mapping[str, float]], dict[str, float]] | None = None
 
     @property

@@ -137,7 +137,7 @@ def meaning(fields: list[FieldInfo]) -> str:
     """What a key means, the values it takes where they are few, and its default."""
     texts = " / ".join(dict.fromkeys(field.description or "" for field in fields))
     kinds = [kind for field in fields for kind in members(field.annotation)]
-    values = [value for kind in kinds if get_origin(kind) is Literal for value in get_args(kind)]
+    values = dict.fromkeys(value for kind in kinds if get_origin(kind) is Literal for value in get_args(kind))
     choices = f" One of: {', '.join(values)}." if values else ""
     default = "" if fields[0].is_required() else f" Default: {json.dumps(fields[0].default)}."
     return f"{texts}{choices}{default}"

@@ -94,7 +94,7 @@ class DigitImagesConfig(Classifying):
         description="Handwritten digits as images, from one domain to another; nothing is downloaded."
     )
     domain: Literal["upright", "mirrored", "rotated", "blurred"] = Field(
-        default="mirrored", description="The new domain; the image model in the package knows upright digits."
+        default="mirrored", description="The new domain; the model in the package knows upright digits."
     )
     train_examples: int = Field(default=100, ge=1, le=296, description="Training images in the new domain.")
     dev_examples: int = Field(default=100, ge=1, le=296, description="Images for selection; 297 are left for both.")

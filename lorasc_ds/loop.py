@@ -127,6 +127,7 @@ def ship(trainer: Trainer, tracker: Tracker, directory: Path) -> dict[str, Any]:
         "global_batch": config.training.batch_size,
         "learning_rates": trainer.learning_rates,
         "skipped_steps": tracker.skipped,
+        "unreadable": tracker.unreadable,
         **({"auto": tracker.choosing(preparation.auto_examples)} if preparation.method.candidates else {}),
         "slow_retention": preparation.asked("slow_retention"),
         "noise_intensity": preparation.asked("noise_intensity"),

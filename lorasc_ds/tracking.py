@@ -81,6 +81,7 @@ class Tracker:
         self.choosing_seconds = 0.0
         self.checkpoint_seconds = 0.0
         self.skipped = 0
+        self.unreadable = 0
         self.metrics_bytes = 0
         self.before: Scores = {}
         self.after: Scores = {}
@@ -122,6 +123,7 @@ class Tracker:
             "choosing_seconds": self.choosing_seconds,
             "checkpoint_seconds": self.checkpoint_seconds,
             "skipped": self.skipped,
+            "unreadable": self.unreadable,
             "before": self.before,
             "after": self.after,
             "metrics_bytes": self.metrics.tell() if self.main else 0,
@@ -136,6 +138,7 @@ class Tracker:
         self.seconds, self.tokens = state["seconds"], state["tokens"]
         self.boundary_seconds = list(state["boundary_seconds"])
         self.choosing_seconds, self.skipped = state["choosing_seconds"], state["skipped"]
+        self.unreadable = state.get("unreadable", 0)  # of a run of an earlier version there is none
         self.checkpoint_seconds = state["checkpoint_seconds"]
         self.before, self.after = state["before"], state["after"]
         self.metrics_bytes = state["metrics_bytes"]

@@ -99,6 +99,7 @@ class ImageClassifier(nn.Module):
         self.mean, self.std = torch.tensor(how.mean), torch.tensor(how.std)
         self.rows: Tensor | None = None  # of the head, where it is neither trained nor the model's: (classes, features)
         self.bias: Tensor | None = None
+        self.prompts: Prompts | None = None
         self.head: nn.Linear | None = None  # that is trained
         if classes.train_head:
             new = self.kind == "prototypes"
@@ -106,10 +107,11 @@ class ImageClassifier(nn.Module):
         self.turn_to(classes, prompts)
 
     def turn_to(self, classes: Classes, prompts: Prompts | None) -> None:
-        """From now on tell these classes apart; the rows of a head made of text are made anew by `make_rows`."""
+        """From now on tell these classes apart; a head made of other texts is to be made anew, by `make_rows`."""
         self.subset = None if classes.subset is None else torch.tensor(classes.subset)
+        if self.prompts is None or prompts is None or not torch.equal(self.prompts.ids, prompts.ids):
+            self.rows = self.bias = None
         self.prompts = prompts
-        self.rows = self.bias = None
 
     @property
     def trained(self) -> dict[str, nn.Parameter]:
@@ -242,7 +244,7 @@ def make_rows(
         engine: what a forward pass of `network` goes through.
         write: sets a part of a trained head, wherever it lives.
     """
-    if network.kind != "prototypes":
+    if network.kind != "prototypes" or network.rows is not None:
         return
     training = network.training
     engine.eval()

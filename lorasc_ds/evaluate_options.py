@@ -68,6 +68,7 @@ class EvaluateOptions:
     batch_size: int
     max_lengths: dict[str, int | None]
     share_prefixes: bool
+    data_workers: int | None
     seed: int
     records: bool
     deepspeed: Path | None
@@ -122,6 +123,7 @@ def make_parser() -> argparse.ArgumentParser:
         default="true",
         help="read what the candidates of a question begin with once (default: true, where the model can)",
     )
+    add("--data_workers", type=int, metavar="N", help="processes that decode images (default: the cores, at most 8)")
     add("--seed", type=int, metavar="N", help="of samples of examples, and of sampling (default: the run's, or 0)")
     add("--records", action="store_true", help="write records.jsonl: every example with its prediction")
     add("--confirm_run_unsafe_code", action="store_true", help="run the programs that a model writes for humaneval")
@@ -153,7 +155,16 @@ def parse(arguments: Sequence[str]) -> EvaluateOptions:
     if unknown:
         flags = [option for action in parser._actions for option in action.option_strings]
         raise ConfigError(f"unknown argument {unknown[0]}{did_you_mean(unknown[0].split('=')[0], flags)}")
-    least = {"expert": 1, "limit": 1, "batch_size": 1, "max_length": 2, "seed": 0, "harness_shots": 0, "ddp_timeout": 1}
+    least = {
+        "expert": 1,
+        "limit": 1,
+        "batch_size": 1,
+        "max_length": 2,
+        "seed": 0,
+        "harness_shots": 0,
+        "data_workers": 0,
+        "ddp_timeout": 1,
+    }
     for key, lowest in least.items():
         value = getattr(options, key)
         if value is not None and value < lowest:
@@ -186,6 +197,7 @@ def parse(arguments: Sequence[str]) -> EvaluateOptions:
             for task in tasks
         },
         share_prefixes=options.share_prefixes == "true",
+        data_workers=options.data_workers,
         seed=trained.get("seed", 0) if options.seed is None else options.seed,
         records=options.records,
         deepspeed=options.deepspeed,

@@ -5,55 +5,49 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from lorasc_ds import models, robustness_report, run_directory
+from lorasc_ds.classifier import ImageClassifier, make_rows, with_head
 from lorasc_ds.data import Layout
 from lorasc_ds.encoding import EncodedExample, Encoder
 from lorasc_ds.errors import ConfigError
 from lorasc_ds.evaluate_options import EvaluateOptions
-from lorasc_ds.evaluation import Record, check_layout, evaluate
+from lorasc_ds.evaluation import check_layout, evaluate
 from lorasc_ds.generation import Generator
-from lorasc_ds.processing import ImageTextProcessor, processor_of
+from lorasc_ds.image_reading import ImageReading, image_reading, workers_of
+from lorasc_ds.preparation import Reading
+from lorasc_ds.processing import processor_of
 from lorasc_ds.reports import shown
+from lorasc_ds.scoring import Record
 from lorasc_ds.sharding import Processes, detect, failing_together, speaking_once_per_node, start
 from lorasc_ds.subject import Subject, load, subject_of
 from lorasc_ds.task_config import TaskConfig, TextConfig
-from lorasc_ds.tasks import Scores, Task, load_task
+from lorasc_ds.tasks import Example, Scores, Task, load_task
+from lorasc_ds.tasks.base import Classes
 from lorasc_ds.tasks.limits import limited
+from lorasc_ds.text_reading import TextReading
 
 
 @dataclass(frozen=True, slots=True)
-class EncodedTask:
-    """A task with its examples as tokens; the encoder knows what was cut."""
+class ReadTask:
+    """A task with its examples as the model reads them."""
 
     config: TaskConfig
-    encoder: Encoder
-    splits: dict[str, Sequence[EncodedExample]]
-
-    @property
-    def task(self) -> Task:
-        return self.encoder.task
+    task: Task
+    reading: Reading
 
     def remarks(self) -> list[str]:
         """What is to be known of the scores, a line each."""
-        lines = list(self.task.notes)
-        if self.encoder.left_out:
-            lines.append(f"{self.encoder.left_out} rows are left out: cut to length, nothing in them is scored")
-        lines += self.encoder.unreadable_lines()
-        if self.encoder.truncated:
-            lines.append(f"{self.encoder.truncated} sequences were too long and are cut")
-        if self.encoder.shots_left_out:
-            lines.append(f"{self.encoder.shots_left_out} demonstrations are left out of prompts that were too long")
-        return lines
+        return [*self.task.notes, *self.reading.losses()]
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,56 +56,71 @@ class Scorer:
 
     Args:
         engine: what a forward pass goes through.
-        model: the module in it, which generates.
+        network: the module in it.
+        model: the Hugging Face model in that, which generates.
         records: of every example, as JSON, on the main process; None where they are not wanted.
     """
 
     options: EvaluateOptions
+    subject: Subject
     engine: nn.Module
+    network: nn.Module
     model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
     processes: Processes
-    layout: Layout
     synced: bool
     records: list[str] | None
 
-    def score(self, one: EncodedTask) -> dict[str, Any]:
+    def score(self, one: ReadTask) -> dict[str, Any]:
         """The metrics of a task by split, with what is to be known of them."""
         began = time.perf_counter()
-        task = one.task
-        generator = None
-        if task.generation is not None:
-            generator = Generator(
-                self.model,
-                self.tokenizer,
-                task.generation,
-                layout=self.layout,
-                synced=self.synced,
-                seed=self.options.seed,
-            )
+        task, reading = one.task, one.reading
+        if isinstance(reading, ImageReading):
+            self.turn_to(reading)
         scores = evaluate(
             self.engine,
             task,
-            one.splits,
+            reading.splits,
             batch_size=self.options.batch_size,
-            layout=self.layout,
+            layout=reading.layout,
             processes=self.processes,
-            generator=generator,
+            generator=self.generator(task, reading) if isinstance(reading, TextReading) else None,
             record=None if self.records is None else lambda *of: self.keep(task, *of),
         )
         return {
             "metrics": scores,
             "headline": task.headline,
-            "examples": {split: len(examples) for split, examples in one.splits.items()},
+            "examples": {split: len(examples) for split, examples in reading.splits.items()},
             "remarks": one.remarks(),
             "settings": one.config.model_dump(mode="json"),
             "seconds": time.perf_counter() - began,
         }
 
-    def keep(self, task: Task, split: str, example: EncodedExample, record: Record) -> None:
+    def turn_to(self, reading: ImageReading) -> None:
+        """Make the network tell the classes of a task apart, by the head that a run trained where it did."""
+        network = self.network
+        assert isinstance(network, ImageClassifier)
+        network.turn_to(reading.classes, reading.prompts)
+        if self.subject.head and network.kind == "prototypes":
+            with_head(network, self.subject.head)
+        else:
+            make_rows(network, self.engine)
+
+    def generator(self, task: Task, reading: TextReading) -> Generator | None:
+        if task.generation is None:
+            return None
+        return Generator(
+            self.model,
+            reading.tokenizer,
+            task.generation,
+            layout=reading.layout,
+            synced=self.synced,
+            seed=self.options.seed,
+        )
+
+    def keep(self, task: Task, split: str, example: EncodedExample | Example, record: Record) -> None:
         """Remember what was found of an example."""
         assert self.records is not None
-        source = example.source
+        source = example.source if isinstance(example, EncodedExample) else None
         content = {"task": task.name, "split": split, "id": example.id}
         content |= {"prediction": record.prediction, "metrics": record.metrics}
         content |= {"gold": list(example.gold) if source is None else list(source.references)}
@@ -131,14 +140,8 @@ def evaluate_all(options: EvaluateOptions) -> None:
     with speaking_once_per_node(lambda: False):
         launch = detect(options.deepspeed)
         subject = subject_of(options)
-        tokenizer, shape = models.load_tokenizer(subject.model), models.load_shape(subject.model)
-        processor = processor_of(subject.model, shape)
-        tasks = [encoded(config, options, tokenizer, shape, processor) for config in options.tasks]
-        layout = Layout(
-            tasks[0].encoder.pad_id if tasks else 0,
-            share_prefixes=options.share_prefixes and models.takes_attention_bias(shape),
-            pixels=processor,
-        )
+        shape = models.load_shape(subject.model)
+        tasks = [read(config, options, subject, shape) for config in options.tasks]
     accelerator = start(
         launch, micro_batch_size=1, accumulation=1, max_grad_norm=None, timeout_seconds=options.ddp_timeout
     )
@@ -149,12 +152,13 @@ def evaluate_all(options: EvaluateOptions) -> None:
     ):
         if processes.main:
             print(f"subject   {subject.description}, {subject.model.dtype}, {launch.world_size} processes", flush=True)
-        model, engine = load(subject, launch, accelerator)
-        if layout.share_prefixes and any(one.task.kind == "candidates" for one in tasks):
-            check_layout(engine, layout, processes.device)
+        model, network, engine = load(subject, launch, accelerator, tasks[0].reading if tasks else None)
+        candidates = next((one.reading.layout for one in tasks if one.task.kind == "candidates"), None)
+        if isinstance(candidates, Layout):
+            check_layout(engine, candidates, processes.device)
         records: list[str] | None = [] if options.records else None
         synced = launch.stage == 3
-        scorer = Scorer(options, engine, model, tokenizer, processes, layout, synced, records)
+        scorer = Scorer(options, subject, engine, network, model, processes, synced, records)
         theirs = harness_scores(scorer) if options.harness.tasks else {}
         summary = {**described(subject, options, launch.world_size, launch.stage), "harness": theirs, "tasks": {}}
         for one in tasks:
@@ -181,7 +185,7 @@ def harness_scores(scorer: Scorer) -> Scores:
 
     return harness.score(
         scorer.model,
-        scorer.tokenizer,
+        models.load_tokenizer(scorer.subject.model),
         options.harness.tasks,
         processes=scorer.processes,
         batch_size=options.batch_size,
@@ -194,14 +198,8 @@ def harness_scores(scorer: Scorer) -> Scores:
     )
 
 
-def encoded(
-    config: TaskConfig,
-    options: EvaluateOptions,
-    tokenizer: PreTrainedTokenizerBase,
-    shape: PreTrainedModel,
-    processor: ImageTextProcessor | None,
-) -> EncodedTask:
-    """Read a task and tokenise the splits that are scored."""
+def read(config: TaskConfig, options: EvaluateOptions, subject: Subject, shape: PreTrainedModel) -> ReadTask:
+    """Read a task, of the splits that are scored."""
     task = load_task(config, options.seed, options.splits)
     chosen = [split for split in options.splits if split in task.splits]
     if not chosen and options.splits == ("test",):  # files of one's own have no split of that name
@@ -209,20 +207,42 @@ def encoded(
     if not chosen:
         known = ", ".join(task.evaluation_splits) or "dev or test"
         raise ConfigError(f"--splits {','.join(options.splits)}: task {task.name} has no such split; give {known}")
-    splits = {split: limited(task.splits[split], options.limit) for split in chosen}
+    task = replace(task, splits={split: limited(task.splits[split], options.limit) for split in chosen})
+    if task.classes is not None:
+        workers = workers_of(options.data_workers)
+        scored = replace(task.classes, train_head=False)
+        if subject.head:
+            check_head(subject, scored)
+        reading: Reading = image_reading(subject.model, task, scored, shape, options.seed, workers)
+        return ReadTask(config, task, reading)
     encoder = Encoder(
-        tokenizer,
-        replace(task, splits=splits),
+        models.load_tokenizer(subject.model),
+        task,
         max_length=options.max_lengths[config.name],
         model_limit=models.longest_sequence(shape),
         vocabulary_size=models.vocabulary_size(shape),
         block_size=config.block_size if isinstance(config, TextConfig) else None,
-        processor=processor,
+        processor=processor_of(subject.model, shape),
     )
-    return EncodedTask(config, encoder, encoder.encode())
+    shares = options.share_prefixes and encoder.pixels is None and models.takes_attention_bias(shape)
+    layout = Layout(encoder.pad_id, shares, pixels=encoder.pixels)
+    return ReadTask(config, task, TextReading(encoder, encoder.encode(), layout))
 
 
-def told(one: EncodedTask, result: dict[str, Any], main: bool) -> dict[str, Any]:
+def check_head(subject: Subject, classes: Classes) -> None:
+    """
+    Raises:
+        ConfigError: the run trained its head for other classes.
+    """
+    trained = len(subject.head["weight"])
+    if trained != len(classes.names):
+        raise ConfigError(
+            f"--tasks: the head of {subject.description} was trained for {trained} classes, and a task has"
+            f" {len(classes.names)}: leave it out"
+        )
+
+
+def told(one: ReadTask, result: dict[str, Any], main: bool) -> dict[str, Any]:
     """The result of a task, after a line on each of its remarks."""
     if main:
         print(f"task      {one.config.name}: {result['seconds']:.1f} s", flush=True)

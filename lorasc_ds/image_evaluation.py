@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Sequence
 from statistics import fmean as mean
 
@@ -69,6 +70,7 @@ def outcomes(
     turns = range(processes.rank, rounds * processes.world_size, processes.world_size)
     numbers = [turn if turn < len(starts) else 0 for turn in turns]
     found = torch.zeros(len(examples), 2, dtype=torch.float64, device=processes.device)
+    unreadable: list[str] = []
     for turn, made in zip(turns, prefetched(make, numbers, layout.workers), strict=True):
         poll()
         batch = made.to(processes.device)
@@ -78,6 +80,10 @@ def outcomes(
             chosen = logits.argmax(dim=-1).masked_fill(~batch.readable, -1)
             rows = slice(starts[turn], starts[turn] + len(chosen))
             found[rows] = torch.stack([chosen.double(), class_losses(logits, batch).double()], dim=1)
+        unreadable += made.unreadable if turn < len(starts) else ()
+    for line in (line for part in processes.gather(unreadable) for line in part):
+        if processes.main:
+            print(f"warning   {line}; left out of the scores", file=sys.stderr, flush=True)
     return processes.sum(found).cpu()
 
 

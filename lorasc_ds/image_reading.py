@@ -107,6 +107,9 @@ class ImageReading:
     def stream(self) -> Iterator[str]:
         yield from ()
 
+    def losses(self) -> Iterator[str]:
+        yield from ()
+
     def notes(self) -> Iterator[str]:
         """What a user may not expect of the data."""
         train = {example.images[0].name for example in self.splits["train"]}
@@ -133,10 +136,10 @@ def with_labels(model: ModelConfig, task: Task) -> ModelConfig:
     return model.model_copy(update={"labels": max(2, len(task.classes.names))})
 
 
-def workers_of(training: TrainingConfig) -> int:
+def workers_of(asked: int | None) -> int:
     """Processes that decode ahead, for each process of the run: as asked for, or its share of the cores."""
-    if training.data_workers is not None:
-        return training.data_workers
+    if asked is not None:
+        return asked
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return min(MOST_WORKERS, max(1, len(os.sched_getaffinity(0)) // local))
 
@@ -152,7 +155,7 @@ def read_images(config: Config, task: Task, shape: PreTrainedModel) -> ImageRead
     assert task.classes is not None
     training = config.training
     refuse_text_settings(training)
-    return image_reading(config.model, task, task.classes, shape, training.seed, workers_of(training))
+    return image_reading(config.model, task, task.classes, shape, training.seed, workers_of(training.data_workers))
 
 
 def image_reading(

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lorasc_ds import models
 from lorasc_ds.adapters import other_matrices, with_adapter
+from lorasc_ds.classifier import read_head
 from lorasc_ds.config import ModelConfig
 from lorasc_ds.errors import ConfigError
 from lorasc_ds.evaluate_options import EvaluateOptions
 from lorasc_ds.exported_run import ExportedRun, Replay, open_run
+from lorasc_ds.preparation import Reading
 from lorasc_ds.pretrained import open_pretrained
 from lorasc_ds.sharding import Launch, overwriting, place, sharded_loading
 
@@ -31,12 +34,14 @@ class Subject:
         model: whose files are loaded.
         adapter: folder of a PEFT adapter that is put on it.
         run: whose ledger is replayed onto it.
+        head: of an image model's text prototypes, as a run trained it: `weight` and `bias`; {} where none did.
     """
 
     description: str
     model: ModelConfig
     adapter: Path | None = None
     run: ExportedRun | None = None
+    head: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def subject_of(options: EvaluateOptions) -> Subject:
@@ -86,12 +91,21 @@ def run_of(options: EvaluateOptions, folder: Path) -> Subject:
     shipped = folder / "model"
     if options.expert is None and run.summary is not None and (shipped / "config.json").is_file():
         model = run.model.model_copy(update={"name_or_path": str(shipped), "revision": None})
-        return Subject(f"run {folder}, as it ships ({run.summary['shipped']['select']})", model)
-    return Subject(f"run {folder}, after expert {run.expert} of {len(run.ledger.experts)}", run.model, run=run)
+        return Subject(
+            f"run {folder}, as it ships ({run.summary['shipped']['select']})", model, head=read_head(shipped)
+        )
+    description = f"run {folder}, after expert {run.expert} of {len(run.ledger.experts)}"
+    beside = run.head and models.has_text_tower(models.load_architecture(run.model))
+    return Subject(description, run.model, run=run, head=run.head if beside else {})
 
 
-def load(subject: Subject, launch: Launch, accelerator: Accelerator) -> tuple[PreTrainedModel, nn.Module]:
-    """The model with its weights, and what a forward pass goes through, which under ZeRO-3 is an engine.
+def load(
+    subject: Subject, launch: Launch, accelerator: Accelerator, reading: Reading | None
+) -> tuple[PreTrainedModel, nn.Module, nn.Module]:
+    """The model with its weights, the network of it, and what a forward pass goes through: under ZeRO-3 an engine.
+
+    Args:
+        reading: says what the network is; None: the model itself.
 
     Raises:
         ConfigError: it cannot be loaded.
@@ -104,14 +118,19 @@ def load(subject: Subject, launch: Launch, accelerator: Accelerator) -> tuple[Pr
     if subject.adapter is not None:
         with models.loading(f"the adapter {subject.adapter}", subject.model):
             model = cast(PreTrainedModel, cast(Any, with_adapter(model, subject.adapter)).get_base_model())
-    model.requires_grad_(False)
-    return model.eval(), place(accelerator, launch, model)
+    network = (model if reading is None else reading.network(model)).eval().requires_grad_(False)
+    return model, network, place(accelerator, launch, network)
 
 
 def replay_onto(model: PreTrainedModel, run: ExportedRun, launch: Launch) -> None:
     """Set the weights that the run changed to what they were after its expert, one at a time."""
     ledger = run.ledger
     parameters = other_matrices(model, [])
+    for name, parameter in model.named_parameters():
+        if name.startswith(models.CLASSIFIER) and run.head:
+            with overwriting(launch, parameter) as mine, torch.no_grad():
+                if mine:
+                    parameter.copy_(run.head[name.removeprefix(models.CLASSIFIER)])
     replay: Replay | None = None
     if launch.stage != 3 or launch.rank == 0:
         replay = Replay(run, open_pretrained(run.model, {*ledger.weights, *ledger.noised}).tensor)

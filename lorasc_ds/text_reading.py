@@ -92,15 +92,18 @@ class TextReading:
 
     def notes(self) -> Iterator[str]:
         """What a user may not expect of the data."""
+        yield from self.losses()
+        yield from repeated(self.splits)
+
+    def losses(self) -> Iterator[str]:
+        """What the limit cost, and images that cannot be decoded, a line each."""
+        if self.encoder.left_out:
+            yield f"{self.encoder.left_out} rows are left out: cut to length, nothing of them is scored"
+        if self.encoder.truncated:
+            yield f"{self.encoder.truncated} sequences were too long and are cut"
         if self.encoder.shots_left_out:
             yield f"{self.encoder.shots_left_out} demonstrations are left out of prompts that were too long"
-        if self.encoder.left_out:
-            yield (
-                f"{self.encoder.left_out} rows are left out: cut to length, nothing of them is scored; raise"
-                " training.max_length"
-            )
         yield from self.encoder.unreadable_lines()
-        yield from repeated(self.splits)
 
 
 def read_text(config: Config, task: Task, shape: PreTrainedModel) -> TextReading:

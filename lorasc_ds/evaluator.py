@@ -215,7 +215,6 @@ def read(config: TaskConfig, options: EvaluateOptions, subject: Subject, shape: 
             check_head(subject, scored)
         reading: Reading = image_reading(subject.model, task, scored, shape, options.seed, workers)
         return ReadTask(config, task, reading)
-    processor = processor_of(subject.model, shape)
     encoder = Encoder(
         models.load_tokenizer(subject.model),
         task,
@@ -223,12 +222,11 @@ def read(config: TaskConfig, options: EvaluateOptions, subject: Subject, shape: 
         model_limit=models.longest_sequence(shape),
         vocabulary_size=models.vocabulary_size(shape),
         block_size=config.block_size if isinstance(config, TextConfig) else None,
-        processor=processor,
+        processor=processor_of(subject.model, shape),
     )
-    shares = options.share_prefixes and models.takes_attention_bias(shape)
-    return ReadTask(
-        config, task, TextReading(encoder, encoder.encode(), Layout(encoder.pad_id, shares, pixels=processor))
-    )
+    shares = options.share_prefixes and encoder.pixels is None and models.takes_attention_bias(shape)
+    layout = Layout(encoder.pad_id, shares, pixels=encoder.pixels)
+    return ReadTask(config, task, TextReading(encoder, encoder.encode(), layout))
 
 
 def check_head(subject: Subject, classes: Classes) -> None:

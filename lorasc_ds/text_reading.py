@@ -96,7 +96,7 @@ class TextReading:
         yield from repeated(self.splits)
 
     def losses(self) -> Iterator[str]:
-        """What the limit cost, a line each."""
+        """What the limit cost, and images that cannot be decoded, a line each."""
         if self.encoder.left_out:
             yield f"{self.encoder.left_out} rows are left out: cut to length, nothing of them is scored"
         if self.encoder.truncated:

@@ -45,7 +45,8 @@ def prompts_of(classes: Classes, tokenizer: PreTrainedTokenizerBase, length: int
     """
     texts = [template.replace("{}", name) for name in classes.names for template in classes.templates]
     masked = "attention_mask" in tokenizer.model_input_names
-    encoded = tokenizer(texts, padding=True if masked else "max_length", max_length=length, truncation=False)
+    padding, limit = (True, None) if masked else ("max_length", length)  # a limit that pads nothing is warned of
+    encoded = tokenizer(texts, padding=padding, max_length=limit, truncation=False)
     ids = torch.tensor(encoded["input_ids"])
     if ids.shape[1] > length:
         longest = max(texts, key=len)

@@ -35,23 +35,32 @@ TOWER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "nu
 VISION = TOWER | {"image_size": SIZE, "patch_size": 8}
 CLIP_MEAN, CLIP_STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
 IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
-CROP = {"do_center_crop": True, "crop_size": {"height": SIZE, "width": SIZE}}
-PREPROCESSORS: dict[str, dict[str, Any]] = {  # as the published files have it, but for the size
-    "clip": CROP | {"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": SIZE}, "resample": 3,
-                    "image_mean": CLIP_MEAN, "image_std": CLIP_STD},
-    "siglip": {"image_processor_type": "SiglipImageProcessor", "size": {"height": SIZE, "width": SIZE}, "resample": 3,
-               "image_mean": [0.5] * 3, "image_std": [0.5] * 3},
-    "vit": {"image_processor_type": "ViTImageProcessor", "size": {"height": SIZE, "width": SIZE}, "resample": 2,
-            "image_mean": [0.5] * 3, "image_std": [0.5] * 3},
-    "dinov2": CROP | {"image_processor_type": "BitImageProcessor", "size": {"shortest_edge": SIZE * 8 // 7},
-                      "resample": 3, "image_mean": IMAGENET_MEAN, "image_std": IMAGENET_STD},
-}  # fmt: skip
 COMMON = {"do_resize": True, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True}
 
 
-def write_preprocessor(folder: Path, kind: str) -> None:
+def preprocessor(kind: str, size: int) -> dict[str, Any]:
+    """As the published files have it, but for the size in pixels."""
+    square = {"height": size, "width": size}
+    crop = {"do_center_crop": True, "crop_size": square, "resample": 3}
+    half = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    match kind:
+        case "clip":
+            own = crop | {"size": {"shortest_edge": size}, "image_mean": CLIP_MEAN, "image_std": CLIP_STD}
+            return {"image_processor_type": "CLIPImageProcessor"} | own
+        case "siglip":
+            return {"image_processor_type": "SiglipImageProcessor", "size": square, "resample": 3} | half
+        case "vit":
+            return {"image_processor_type": "ViTImageProcessor", "size": square, "resample": 2} | half
+        case "dinov2":
+            own = crop | {"size": {"shortest_edge": size * 8 // 7}}
+            own |= {"image_mean": IMAGENET_MEAN, "image_std": IMAGENET_STD}
+            return {"image_processor_type": "BitImageProcessor"} | own
+    raise ValueError(kind)
+
+
+def write_preprocessor(folder: Path, kind: str, size: int = SIZE) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "preprocessor_config.json").write_text(json.dumps(COMMON | PREPROCESSORS[kind], indent=2))
+    (folder / "preprocessor_config.json").write_text(json.dumps(COMMON | preprocessor(kind, size), indent=2))
 
 
 def clip_tokenizer() -> CLIPTokenizer:

@@ -248,7 +248,7 @@ def test_a_recipe_takes_two_steps_and_is_scored(
 def test_the_recipe_of_the_paper_s_table_3_adapts_the_vision_tower_alone(shared_data: Path, tmp_path: Path) -> None:
     """On bigG/14's own shape, of which no weight is read: pairs of 48 layers x 2 x 8 x (1664 + 1664)."""
     image_models.bigg14().save_pretrained(tmp_path)
-    image_models.write_preprocessor(tmp_path, "clip")
+    image_models.write_preprocessor(tmp_path, "clip", 224)
     image_models.clip_tokenizer().save_pretrained(tmp_path)
     flags = [f"--model.name_or_path={tmp_path}", *files_of("imagenet", shared_data, tmp_path)]
     prepared = prepare(config_of(*flags, "--training.batch_size=4", recipe="clip-vit-bigg-14-imagenet.yaml"))

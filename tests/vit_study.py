@@ -34,6 +34,7 @@ COMMON = {
     "task.dev_examples": 100,
     "training.epochs": 20,
     "training.evaluate": "end",
+    "training.data_workers": 0,
     "training.save_model": "false",
     "training.checkpoint_steps": "null",
     "tracking.tensorboard": "false",

@@ -45,8 +45,8 @@ def prompts_of(classes: Classes, tokenizer: PreTrainedTokenizerBase, length: int
     """
     texts = [template.replace("{}", name) for name in classes.names for template in classes.templates]
     masked = "attention_mask" in tokenizer.model_input_names
-    padding, limit = (True, None) if masked else ("max_length", length)  # a limit that pads nothing is warned of
-    encoded = tokenizer(texts, padding=padding, max_length=limit, truncation=False)
+    fill: dict[str, Any] = {"padding": True} if masked else {"padding": "max_length", "max_length": length}
+    encoded = tokenizer(texts, **fill)
     ids = torch.tensor(encoded["input_ids"])
     if ids.shape[1] > length:
         longest = max(texts, key=len)
@@ -213,7 +213,7 @@ def scale_of(model: Any) -> float:
     if model.logit_scale.is_meta:
         return 1.0
     with gathered([model.logit_scale]):
-        return float(model.logit_scale.float().exp())
+        return float(model.logit_scale.detach().float().exp())
 
 
 def own_classifier(model: PreTrainedModel) -> nn.Linear:

@@ -62,7 +62,8 @@ def live_model(run: ExportedRun) -> nn.Module:
     tensors = saved_tensors(model)
     replay = Replay(replace(run, noise=True), tensors.__getitem__)
     with torch.no_grad():
-        for name in sorted(replay.changed):
+        head = [name for name in tensors if name.startswith(models.CLASSIFIER)] if run.head else []
+        for name in [*sorted(replay.changed), *head]:
             tensors[name].copy_(replay(name))
     replay.finish()
     return model

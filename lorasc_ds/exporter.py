@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from lorasc_ds import models
@@ -81,11 +82,16 @@ def write_merged(run: ExportedRun, options: ExportOptions, folder: Path) -> Fact
     replay.finish()
     for one in models.load_beside(run.model):
         one.save_pretrained(folder)
-    if run.head and models.has_text_tower(base.model.config):
-        SavedHead(run.head).save_pretrained(folder)
+    save_head(run, base.model, folder)
     facts = {"noise": "in the weights" if run.noise and run.has_noise else noise_left_out(run)}
     facts["digest"] = checked_digest(run, folder)
     return facts | ({"base": f"loaded whole, since {base.loaded}"} if base.loaded else {})
+
+
+def save_head(run: ExportedRun, model: PreTrainedModel, folder: Path) -> None:
+    """Write the head that the run trained on text prototypes, for which the model's own files have no place."""
+    if run.head and models.has_text_tower(model.config):
+        SavedHead(run.head).save_pretrained(folder)
 
 
 def checked_digest(run: ExportedRun, folder: Path) -> str:
@@ -146,6 +152,11 @@ def write_adapter(run: ExportedRun, options: ExportOptions, folder: Path) -> Fac
     """
     ledger, adapter = run.ledger, run.ledger.adapter
     model, _ = model_with(run.model, ledger.weights)
+    if run.head and not models.has_text_tower(model.config):
+        raise ConfigError(
+            "--as adapter: the run trained the model's classifier, which an adapter does not hold: take --as merged"
+        )
+    save_head(run, model, folder)
     selected = select_modules(model, run.config.adapter.target_modules)
     names = names_of(model, selected)
     rank = rank_of(run, options, {name: shape_of(selected[path]) for path, name in names.items()})

@@ -190,6 +190,8 @@ def prepare(config: Config, rank: int = 0, world_size: int = 1) -> Preparation:
     weights = attach_adapters(config, shape)
     if isinstance(reading, TextReading):
         refuse_unseen(reading.encoder, shape, weights)
+    if isinstance(reading, ImageReading):
+        check_all_train(reading, weights)
     network = reading.network(shape)
     if training.batch_size > len(reading.splits["train"]):
         raise ConfigError(
@@ -222,6 +224,19 @@ def prepare(config: Config, rank: int = 0, world_size: int = 1) -> Preparation:
         evaluation_steps=evaluation_steps(config, plan, epoch_ends),
         selection_steps=epoch_ends,
     )
+
+
+def check_all_train(reading: ImageReading, weights: Sequence[AdaptedWeight]) -> None:
+    """
+    Raises:
+        ConfigError: a pair is on a text tower that no training step asks.
+    """
+    asleep = [one.name for one in weights if one.name.startswith("text_")] if reading.head == "prototypes" else []
+    if asleep:
+        raise ConfigError(
+            f"adapter.target_modules matches {asleep[0]}, but task.head prototypes are made once, so that no text is"
+            " read in training: name the other tower's, as in vision_model.*.q_proj, or take task.head text"
+        )
 
 
 def attach_adapters(config: Config, model: PreTrainedModel) -> list[AdaptedWeight]:

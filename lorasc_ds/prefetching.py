@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Generic, TypeVar, cast
 
 from torch.utils.data import DataLoader, Dataset
@@ -26,7 +26,7 @@ class Made(Dataset[T | RunError], Generic[T]):
             return error
 
 
-def prefetched(make: Callable[[int], T], numbers: Sequence[int], workers: int) -> Iterator[T]:
+def prefetched(make: Callable[[int], T], numbers: Sequence[int], workers: int) -> Generator[T, None, None]:
     """What `make` makes of every number, in their order.
 
     Args:
@@ -69,12 +69,18 @@ class Ahead(Generic[T]):
         self.end = end
         self.workers = workers
         self.next = -1
-        self.made: Iterator[T] = iter(())
+        self.made: Generator[T, None, None] | None = None
 
     def __call__(self, number: int) -> T:
         if not self.workers:
             return self.make(number)
-        if number != self.next:
+        if self.made is None or number != self.next:
             self.made = prefetched(self.make, range(number, self.end), self.workers)
         self.next = number + 1
         return next(self.made)
+
+    def close(self) -> None:
+        """End the workers; those that are left to the collector of cycles keep it waiting for ten seconds."""
+        if self.made is not None:
+            self.made.close()
+            self.made = None

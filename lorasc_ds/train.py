@@ -9,7 +9,7 @@ import shlex
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -214,7 +214,8 @@ def carry_out(
         tracker.goes_on(checkpoint.path, run_directory.environment())
     checkpoints = Checkpoints(directory / "checkpoints", config.training.checkpoints_kept)
     safe_points = SafePoints(trainer, tracker, checkpoints)
-    summary = train(trainer, tracker, safe_points, progress, directory)
+    with closing(trainer.batches):
+        summary = train(trainer, tracker, safe_points, progress, directory)
     if trainer.processes.main:
         run_directory.write_json(directory / "summary.json", summary)
     tracker.status("done", "finished", exit_code=0)

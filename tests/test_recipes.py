@@ -8,6 +8,7 @@ import re
 import shlex
 import shutil
 from collections.abc import Callable
+from multiprocessing import active_children
 from pathlib import Path
 from typing import Any, get_args
 
@@ -243,6 +244,7 @@ def test_a_recipe_takes_two_steps_and_is_scored(
     metric = {"squad": "f1", "drop": "f1", "gsm8k": "exact_match"}.get(recipe.task.name, "accuracy")
     metric = "perplexity" if recipe.task.name in ("alpaca", "instructions", "text") else metric
     assert all(metric in scores and math.isfinite(scores["loss"]) for scores in summary["eval"].values())
+    assert not active_children(), "processes that decode end with the run"
 
 
 def test_the_recipe_of_the_paper_s_table_3_adapts_the_vision_tower_alone(shared_data: Path, tmp_path: Path) -> None:

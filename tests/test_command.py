@@ -42,7 +42,7 @@ def test_a_batch_or_a_warm_up_beyond_the_run(tmp_path: Path, capsys: pytest.Capt
 def test_a_model_that_cannot_be_loaded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, error = outcome(capsys, f"--output_dir={tmp_path / 'out'}", "--model.name_or_path=some/model")
     assert code == 2
-    assert error.startswith("error: model.name_or_path some/model: the tokenizer cannot be loaded")
+    assert error.startswith("error: model.name_or_path some/model: its configuration cannot be loaded")
 
 
 @pytest.mark.parametrize("damage", ["truncated", "no weights of a layer", "tokenizer", "config"])

@@ -254,7 +254,7 @@ BAD = {
     "expert of a model": (["MODEL", "--tasks=rte", "--expert=2", "--rte.data_dir=DATA/superglue/RTE"], "--expert 2: MODEL is no run directory"),
     "base of a model": (["MODEL", "--tasks=rte", "--base=x"], "--base x: MODEL is no PEFT adapter"),
     "offline hub": (["MODEL", "--tasks=rte"], "HF_HUB_OFFLINE"),
-    "no model": (["nowhere", "--tasks=rte", "--rte.data_dir=DATA/superglue/RTE"], "model.name_or_path nowhere: the tokenizer cannot be loaded"),
+    "no model": (["nowhere", "--tasks=rte", "--rte.data_dir=DATA/superglue/RTE"], "model.name_or_path nowhere: its configuration cannot be loaded"),
     "bad value": (["MODEL", "--tasks=gsm8k", "--gsm8k.mode=fast"], "gsm8k.mode is 'fast'"),
     "no limit": (["MODEL", "--tasks=rte", "--limit=0"], "--limit is 0: a number from 1 on is needed"),
     "too long an answer": (["MODEL", "--tasks=gsm8k", "--gsm8k.data_dir=DATA/gsm8k"], "task gsm8k generates up to 512 tokens"),

@@ -80,7 +80,7 @@ def test_the_digest_is_of_paths_labels_and_choice(folder: Path, tmp_path: Path) 
 def test_little_is_held_of_an_image(tmp_path: Path) -> None:
     write(tmp_path, *(f"n01440764/n01440764_{number:05}.JPEG" for number in range(500)))
     found = image_folder(tmp_path, KEY)
-    arrays = [value for part in found.parts for value in (part.paths, part.ends, part.labels)]  # type: ignore
+    arrays = [value for part in found.parts for value in (part.paths, part.ends, part.labels)]
     assert sum(map(sys.getsizeof, arrays)) / 500 < 50
 
 

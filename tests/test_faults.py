@@ -21,9 +21,9 @@ from lorasc_ds import run_directory, trainer
 from lorasc_ds.checkpoint import Checkpoints
 from lorasc_ds.encoded import EncodedExample, ScoredTokens
 from lorasc_ds.errors import ConfigError, StoppedError
-from lorasc_ds.preparation import repeated
 from lorasc_ds.progress import Progress
 from lorasc_ds.stopping import Stopping, is_launcher
+from lorasc_ds.text_reading import repeated
 from lorasc_ds.train import main
 from lorasc_ds.watch import LossWatch
 

@@ -97,7 +97,6 @@ class ImageClassifier(nn.Module):
         self.model = model
         self.kind = head_of(classes, model)
         self.scale = 1.0 if self.kind == "classifier" else scale_of(model)
-        freeze_scalars(model)
         self.mean, self.std = torch.tensor(how.mean), torch.tensor(how.std)
         self.rows: Tensor | None = None  # of the head, where it is neither trained nor the model's: (classes, features)
         self.bias: Tensor | None = None
@@ -213,18 +212,7 @@ def scale_of(model: Any) -> float:
     """`exp(logit_scale)`; 1 on the meta device."""
     if model.logit_scale.is_meta:
         return 1.0
-    with gathered([model.logit_scale]):
-        return float(model.logit_scale.detach().float().exp())
-
-
-def freeze_scalars(model: nn.Module) -> None:
-    """Make parameters without a dimension, as CLIP's `logit_scale`, buffers: DeepSpeed cannot broadcast such."""
-    for name, parameter in list(model.named_parameters(recurse=False)):
-        if parameter.dim() == 0 or getattr(parameter, "ds_shape", None) == torch.Size([]):
-            with gathered([parameter]):
-                value = parameter.detach().clone()
-            delattr(model, name)
-            model.register_buffer(name, value)
+    return float(model.logit_scale.detach().float().exp())
 
 
 def own_classifier(model: PreTrainedModel) -> nn.Linear:

@@ -61,7 +61,7 @@ def test_prototypes_are_the_normalised_means_of_normalised_text_features(tmp_pat
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """CLIP on folders of digits, with a head that is trained: one process, one with workers, and two under ZeRO-2."""
+    """CLIP on folders of digits, with a head that is trained: one process, one with workers, and two under ZeRO-2 and ZeRO-3."""
     folder = tmp_path_factory.mktemp("runs")
     pixels, labels = load_digits(return_X_y=True)
     for at in range(60):
@@ -76,7 +76,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     flags += ["--training.micro_batch_size=4", "--adapter.rank=4", "--training.learning_rate=1e-2"]
     flags += ["--cascade.experts=2", "--tracking.tensorboard=false", "--training.data_workers=0"]
     engines = {"plain": [], "workers": ["--training.data_workers=2"]}
-    engines |= {stage: [f"--deepspeed={DS_CONFIGS / stage}.json"] for stage in ("zero2",)}
+    engines |= {stage: [f"--deepspeed={DS_CONFIGS / stage}.json"] for stage in ("zero2", "zero3")}
     jobs = [
         Job(
             "lorasc_ds.train:main",
@@ -96,7 +96,7 @@ def summary_of(run: Path) -> dict[str, Any]:
     return json.loads((run / "summary.json").read_text())
 
 
-@pytest.mark.parametrize("engine", ["workers", "zero2"])
+@pytest.mark.parametrize("engine", ["workers", "zero2", "zero3"])
 def test_engines_agree_and_their_ledgers_replay(runs: dict[str, Path], engine: str) -> None:
     expected, found = summary_of(runs["plain"]), summary_of(runs[engine])
     for split, scores in expected["eval"].items():

@@ -14,7 +14,7 @@ from torch import nn
 
 from lorasc_ds.errors import ConfigError
 from lorasc_ds.sharding.backend import Backend, Engine, Slice
-from lorasc_ds.sharding.engines import DeepSpeedEngine, TorchEngine
+from lorasc_ds.sharding.engines import DeepSpeedEngine, TorchEngine, keep_scalars_whole
 from lorasc_ds.sharding.failure import failing_together, speaking_once_per_node
 from lorasc_ds.sharding.launch import Launch, detect, start
 from lorasc_ds.sharding.optimizer_state import check_restartable
@@ -53,11 +53,14 @@ def sharded_loading(launch: Launch, accelerator: Accelerator, dtype: str) -> Ite
         return
     from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
+    from lorasc_ds.sharding.zero3 import cutting_no_scalars
+
     # The engine's own precision is off, since pairs stay float32; but this is how the weights learn their dtype.
     settings = plugin.deepspeed_config | {"bf16": {"enabled": dtype == "bfloat16"}}
     alive = HfDeepSpeedConfig(settings)  # transformers keeps a weak reference
     try:
-        yield
+        with cutting_no_scalars():
+            yield
     finally:
         del alive
         unset_hf_deepspeed_config()
@@ -82,6 +85,8 @@ def prepare_engine(
     Raises:
         ConfigError: `merge_path` is `local`, and slices do not lie where they are looked for.
     """
+    if accelerator.state.deepspeed_plugin is not None:
+        keep_scalars_whole(model)
     model, prepared = accelerator.prepare(model, optimizer)
     bound_waiting(timedelta(seconds=timeout_seconds))
     backend = reach(prepared, processes, weights, merge_path)

@@ -14,6 +14,18 @@ from torch.nn.parallel import DistributedDataParallel
 from lorasc_ds.sharding.processes import Processes
 
 
+def keep_scalars_whole(module: nn.Module) -> None:
+    """Make frozen parameters without a dimension, as CLIP's `logit_scale`, buffers.
+
+    DeepSpeed 0.19 sends parameters to the other ranks as bytes, which torch makes of no tensor without a dimension.
+    """
+    for owner in module.modules():
+        for name, parameter in list(owner.named_parameters(recurse=False)):
+            if parameter.dim() == 0:
+                delattr(owner, name)
+                owner.register_buffer(name, parameter.detach())
+
+
 class TorchEngine:
     """One process, or several that each hold the whole model and average their gradients."""
 

@@ -13,7 +13,7 @@ from typing import Any, cast
 
 import torch
 from deepspeed.runtime.zero import GatheredParameters
-from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+from deepspeed.runtime.zero.partition_parameters import Init, ZeroParamStatus
 from deepspeed.utils import (
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
@@ -24,8 +24,25 @@ from deepspeed.utils import (
 from torch import Tensor, nn
 
 from lorasc_ds.sharding.backend import Slice
+from lorasc_ds.sharding.engines import keep_scalars_whole
 from lorasc_ds.sharding.optimizer_state import OptimizerVerbs, moment_names
 from lorasc_ds.sharding.replicated import bit_sum
+
+
+@contextmanager
+def cutting_no_scalars() -> Iterator[None]:
+    """Inside, modules are made with `keep_scalars_whole`, before DeepSpeed cuts their parameters up."""
+    cut_up = Init._post_init_method
+
+    def keep_and_cut_up(self: Init, module: nn.Module) -> None:
+        keep_scalars_whole(module)
+        cut_up(self, module)
+
+    Init._post_init_method = keep_and_cut_up
+    try:
+        yield
+    finally:
+        Init._post_init_method = cut_up
 
 
 class Zero3Backend(OptimizerVerbs):

@@ -280,7 +280,7 @@ def test_before_training_a_stream_is_not_read_whole(
     preparation = prepared(file, **settings, **{"task.streaming": "true", "training.group_by_length": "true"})
     told = "\n".join(preparation.derived_numbers())
     report(preparation, 80 * 2**30)
-    assert len(preparation.data_sha256["train"]) == 64
+    assert len(preparation.reading.data_sha256["train"]) == 64
     assert "stream    1480 rows are read and tokenised when their step comes; looked at: 256 of them" in told
     assert len(read) <= 256 + 20 + 16 + 3
 

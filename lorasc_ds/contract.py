@@ -14,6 +14,7 @@ FREE = {
     "cascade.merge_path",
     "training.checkpoint_steps",
     "training.checkpoints_kept",
+    "training.data_workers",
     "training.ddp_timeout",
     "training.eval_batch_size",
     "training.gradient_checkpointing",

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lorasc_ds.image_data import ImageBatch, ImageLayout, evaluation_batch
 from lorasc_ds.objectives import class_losses
-from lorasc_ds.prefetching import prefetched
+from lorasc_ds.prefetching import explaining_dead_workers, prefetched
 from lorasc_ds.scoring import Record, explaining_memory
 from lorasc_ds.sharding import Processes
 from lorasc_ds.tasks import Example, Task
@@ -38,7 +38,8 @@ def class_scores(
         poll: called between batches, in all processes at the same ones.
         record: called on the main process for every example, with what was found of it.
     """
-    found = outcomes(model, examples, batch_size, layout, processes, poll)
+    with explaining_dead_workers(layout.workers):
+        found = outcomes(model, examples, batch_size, layout, processes, poll)
     if record is not None and processes.main:
         for example, (chosen, loss) in zip(examples, found.tolist(), strict=True):
             read = chosen >= 0

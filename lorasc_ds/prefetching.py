@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+import os
+import signal
+import threading
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Generic, TypeVar, cast
 
 from torch.utils.data import DataLoader, Dataset
@@ -11,6 +15,13 @@ from lorasc_ds.errors import RunError
 
 T = TypeVar("T")
 AHEAD = 2  # batches of every worker
+TO_THE_RUN = (
+    signal.SIGHUP,
+    signal.SIGINT,
+    signal.SIGTERM,
+    signal.SIGUSR1,
+    signal.SIGUSR2,
+)  # launchers send them to all
 
 
 class Made(Dataset[T | RunError], Generic[T]):
@@ -46,6 +57,7 @@ def prefetched(make: Callable[[int], T], numbers: Sequence[int], workers: int) -
         prefetch_factor=AHEAD,
         multiprocessing_context="fork",  # they share what is in memory, and need no import
         collate_fn=as_it_is,
+        worker_init_fn=outlive_signals,
     )
     for one in loader:
         if isinstance(one, RunError):
@@ -55,6 +67,37 @@ def prefetched(make: Callable[[int], T], numbers: Sequence[int], workers: int) -
 
 def as_it_is(one: T) -> T:
     return one
+
+
+def outlive_signals(worker: int) -> None:
+    """In a worker: a signal to all processes of a run is for those that train; only the own parent's ends a worker."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, TO_THE_RUN)
+    parent = os.getppid()
+
+    def wait() -> None:
+        while signal.sigwaitinfo([signal.SIGTERM]).si_pid != parent:
+            pass
+        os._exit(0)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+@contextmanager
+def explaining_dead_workers(workers: int) -> Iterator[None]:
+    """
+    Raises:
+        RunError: a worker died, which torch tells wherever this process is, or as the end of a connection.
+    """
+    try:
+        yield
+    except (RuntimeError, ConnectionError, EOFError) as error:
+        if isinstance(error, RuntimeError) and not str(error).startswith("DataLoader worker"):
+            raise
+        raise RunError(
+            f"training.data_workers {workers}: one of the processes that decode images died"
+            f" ({' '.join(f'{type(error).__name__}: {error}'.split())[:200]}): memory or /dev/shm may be too small;"
+            " lower it (launch/evaluate.py: --data_workers), or give more"
+        ) from error
 
 
 class Ahead(Generic[T]):

@@ -25,6 +25,7 @@ from lorasc_ds.dry_run import report
 from lorasc_ds.errors import CheckpointError, PeerError, PreemptedError, RunError
 from lorasc_ds.loop import train
 from lorasc_ds.memory import gpu_bytes
+from lorasc_ds.prefetching import explaining_dead_workers
 from lorasc_ds.preparation import Preparation, attach_adapters, prepare
 from lorasc_ds.progress import Progress
 from lorasc_ds.safe_points import SafePoints, restore
@@ -198,7 +199,7 @@ def carry_out(
     config, directory = preparation.config, invocation.output_dir
     torch.manual_seed(config.training.seed)  # of a new classifier
     with sharded_loading(launch, accelerator, config.model.dtype):
-        model = models.load_model(config.model)
+        model = models.load_model(preparation.model)
         weights = attach_adapters(config, model)  # here, since DoRA's magnitudes are made from whole weights
     length = None if checkpoint is None else checkpoint.state["ledger"]["experts"]
     trainer = Trainer(preparation, model, weights, accelerator, directory, stopping, length)
@@ -214,7 +215,7 @@ def carry_out(
         tracker.goes_on(checkpoint.path, run_directory.environment())
     checkpoints = Checkpoints(directory / "checkpoints", config.training.checkpoints_kept)
     safe_points = SafePoints(trainer, tracker, checkpoints)
-    with closing(trainer.batches):
+    with closing(trainer.batches), explaining_dead_workers(trainer.batches.workers):
         summary = train(trainer, tracker, safe_points, progress, directory)
     if trainer.processes.main:
         run_directory.write_json(directory / "summary.json", summary)

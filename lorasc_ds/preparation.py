@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from lorasc_ds import models
 from lorasc_ds.adapters import AdaptedWeight, attach
 from lorasc_ds.algorithm.plan import Expert, Plan, Schedule, compressed_warmup
-from lorasc_ds.config import Config, TrainingConfig
+from lorasc_ds.config import Config, ModelConfig, TrainingConfig
 from lorasc_ds.data import TrainingData
 from lorasc_ds.errors import ConfigError
 from lorasc_ds.image_reading import ImageReading, read_images, with_labels
@@ -32,6 +32,7 @@ class Preparation:
     """A checked run.
 
     Args:
+        model: what is loaded: `config.model`, with as many outputs as a classifier that is trained has classes.
         shape: the adapted model on the meta device; `weights` are its adapted weights.
         network: what an engine would be given of it.
         reading: the task's examples as the model reads them.
@@ -42,6 +43,7 @@ class Preparation:
     """
 
     config: Config
+    model: ModelConfig
     shape: PreTrainedModel
     network: nn.Module
     weights: list[AdaptedWeight]
@@ -184,8 +186,8 @@ def prepare(config: Config, rank: int = 0, world_size: int = 1) -> Preparation:
     training = config.training
     micro = micro_batch_size(training, world_size)
     task = load_task(config.task, training.seed)
-    config = config.model_copy(update={"model": with_labels(config.model, task)})
-    shape = models.load_shape(config.model)
+    model = with_labels(config.model, task)
+    shape = models.load_shape(model)
     reading: Reading = read_text(config, task, shape) if task.classes is None else read_images(config, task, shape)
     weights = attach_adapters(config, shape)
     if isinstance(reading, TextReading):
@@ -211,6 +213,7 @@ def prepare(config: Config, rank: int = 0, world_size: int = 1) -> Preparation:
     epoch_ends = frozenset([*range(data.steps_per_epoch, plan.steps, data.steps_per_epoch), plan.steps])
     return Preparation(
         config=config,
+        model=model,
         shape=shape,
         network=network,
         weights=weights,

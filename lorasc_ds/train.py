@@ -198,7 +198,7 @@ def carry_out(
     config, directory = preparation.config, invocation.output_dir
     torch.manual_seed(config.training.seed)  # of a new classifier
     with sharded_loading(launch, accelerator, config.model.dtype):
-        model = models.load_model(config.model)
+        model = models.load_model(preparation.model)
         weights = attach_adapters(config, model)  # here, since DoRA's magnitudes are made from whole weights
     length = None if checkpoint is None else checkpoint.state["ledger"]["experts"]
     trainer = Trainer(preparation, model, weights, accelerator, directory, stopping, length)

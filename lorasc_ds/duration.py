@@ -33,9 +33,18 @@ def duration_lines(preparation: Preparation) -> Iterator[str]:
     )
     yield (
         f"time      about {readable(training + evaluation)} on one H100 at {REACHED:.0%} of its peak, an estimate:"
-        f" training {readable(training)} ({trained:,} tokens), {evaluations} evaluations {readable(evaluation)}"
-        f" ({scored:,} tokens{f' and up to {answers:,} steps of generation' if answers else ''} each)"
+        f" training {readable(training)} ({in_words(preparation, trained)}), {evaluations} evaluations"
+        f" {readable(evaluation)} ({in_words(preparation, scored)}{f' and up to {answers:,} steps of generation' if answers else ''} each)"
     )
+
+
+def in_words(preparation: Preparation, tokens: int) -> str:
+    """An amount of tokens; of images, how many these are."""
+    reading = preparation.reading
+    if isinstance(reading, ImageReading):
+        each = reading.tokens(preparation.shape)
+        return f"{tokens // each:,} images of {each} tokens"
+    return f"{tokens:,} tokens"
 
 
 def tokens_of(examples: Sequence[EncodedExample], share_prefixes: bool) -> int:

@@ -138,6 +138,15 @@ def test_a_trained_head_is_in_the_ledger_and_beside_the_model(runs: dict[str, Pa
         assert not torch.equal(ledger.head(1)["weight"], shipped["weight"])
 
 
+def test_speed_is_counted_in_images(runs: dict[str, Path]) -> None:
+    timing = summary_of(runs["plain"])["timing"]
+    assert "tokens_per_second" not in timing
+    assert timing["images_per_second"] == pytest.approx(2 * 33 / timing["train_seconds"])  # epochs x images
+    records = map(json.loads, (runs["plain"] / "metrics.jsonl").read_text().splitlines())
+    steps = [record for record in records if record["event"] == "step"]
+    assert all("images_per_second" in record and "tokens_per_second" not in record for record in steps)
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 

@@ -34,7 +34,8 @@ def duration_lines(preparation: Preparation) -> Iterator[str]:
     yield (
         f"time      about {readable(training + evaluation)} on one H100 at {REACHED:.0%} of its peak, an estimate:"
         f" training {readable(training)} ({in_words(preparation, trained)}), {evaluations} evaluations"
-        f" {readable(evaluation)} ({in_words(preparation, scored)}{f' and up to {answers:,} steps of generation' if answers else ''} each)"
+        f" {readable(evaluation)} ({in_words(preparation, scored)}"
+        f"{f' and up to {answers:,} steps of generation' if answers else ''} each)"
     )
 
 

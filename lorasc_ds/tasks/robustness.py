@@ -14,7 +14,6 @@ from lorasc_ds.tasks.class_names import folder_names, imagenet_names, templates_
 from lorasc_ds.tasks.hub_images import hub_images
 from lorasc_ds.tasks.images import LabelledImages, class_folders, image_folder, joined
 from lorasc_ds.tasks.mce import ALEXNET, SEVERITIES, of_corruptions, of_imagenet_c
-from lorasc_ds.tasks.rows import hub_split
 
 DATA_DIR = "task.data_dir"
 MANIFEST = "manifest.json"  # that launch/corrupt.py writes beside the copies
@@ -219,11 +218,7 @@ def of_hub(name: str, dataset: str, revision: str | None) -> LabelledImages:
     Raises:
         DataError: it cannot be had, or has other columns or classes.
     """
-    import datasets
-
-    features = hub_split(dataset, None, "test", revision).features
-    columns = [column for column, feature in features.items() if isinstance(feature, datasets.Image)]
-    images, _ = hub_images(dataset, "test", revision, (*columns, "jpg")[0], "cls")
+    images, _ = hub_images(dataset, "test", revision, None, "cls")
     count = len(labels_of(name, ()))
     if int(images.labels.max()) >= count:
         raise DataError(

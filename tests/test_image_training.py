@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import image_models
+import numpy as np
 import pytest
 import torch
 from conftest import RECIPE, base_weights, digest_of_run
@@ -18,12 +20,17 @@ from sklearn.datasets import load_digits
 from torch.nn import functional
 from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
 
+from lorasc_ds import models
 from lorasc_ds.algorithm.ledger import Ledger, digest
-from lorasc_ds.classifier import ImageClassifier, make_rows, prompts_of, read_head
+from lorasc_ds.classifier import ImageClassifier, make_rows, prompts_of, read_head, with_head
+from lorasc_ds.config import ModelConfig
+from lorasc_ds.errors import ConfigError
 from lorasc_ds.export import main as export
-from lorasc_ds.images import Preprocessing
+from lorasc_ds.image_reading import ImageReading, image_reading
+from lorasc_ds.images import Preprocessing, evaluation_pixels, preprocessing_of
 from lorasc_ds.rollback import main as roll_back
-from lorasc_ds.tasks.base import Classes
+from lorasc_ds.tasks.base import Classes, Task
+from lorasc_ds.tasks.images import StoredImage
 from lorasc_ds.train import main as train
 
 DS_CONFIGS = Path(__file__).parents[1] / "ds_configs"
@@ -31,7 +38,8 @@ HOW = Preprocessing(resize=None, crop=(32, 32), resample=3, mean=(0.5, 0.4, 0.3)
 
 
 def network_of(folder: Path, **settings: Any) -> ImageClassifier:
-    classes = Classes(("cat", "old dog", "bus"), ("a photo of a {}.", "the {}."), **settings)
+    given: dict[str, Any] = {"names": ("cat", "old dog", "bus"), "templates": ("a photo of a {}.", "the {}.")}
+    classes = Classes(**given | settings)
     model = CLIPModel.from_pretrained(folder).eval()
     network = ImageClassifier(model, classes, HOW, prompts_of(classes, AutoTokenizer.from_pretrained(folder), 77))
     network.eval()
@@ -66,6 +74,31 @@ def test_prototypes_are_the_normalised_means_of_normalised_text_features(tmp_pat
 ENGINES = {"plain": [], "workers": ["--training.data_workers=2"]}
 ENGINES |= {stage: [f"--deepspeed={DS_CONFIGS / stage}.json"] for stage in ("zero2", "zero3")}
 TRAINED_HEAD = ["--task.train_head=true", "--adapter.target_modules=vision_model.*.q_proj,vision_model.*.v_proj"]
+
+
+@pytest.mark.parametrize("kind", ["clip", "siglip", "vit", "dinov2"])
+def test_pixels_that_a_model_does_not_take_are_refused(kind: str, tmp_path: Path) -> None:
+    """As the model itself does with weights: DINOv2 interpolates its positions, the others do not."""
+    folder = getattr(image_models, kind)(tmp_path, *([10] if kind in ("vit", "dinov2") else []))
+    config, names = ModelConfig(name_or_path=str(folder)), tuple("abcdefghij")
+    task = Task("images", "classes", "classification", {}, "accuracy", classes=Classes(names))
+
+    def reading() -> ImageReading:
+        return image_reading(config, task, Classes(names), models.load_shape(config), 0, 0)
+
+    assert reading().layout.how.size == (32, 32)  # the model's
+    image_models.write_preprocessor(folder, "vit", size=48)
+    model: Any = models.load_model(config)
+    pixels, read = torch.zeros(1, 3, 48, 48), getattr(model, "get_image_features", model)
+    if kind == "dinov2":
+        assert reading().layout.how.size == (48, 48)
+        read(pixel_values=pixels)
+        return
+    with pytest.raises((ValueError, RuntimeError)):
+        read(pixel_values=pixels)
+    with pytest.raises(ConfigError, match=r"makes 48 x 48 pixels, which \w+ does not take \(.*\): set size") as caught:
+        reading()
+    assert "\n" not in str(caught.value)
 
 
 @pytest.fixture(scope="module")
@@ -184,6 +217,30 @@ def test_a_rollback_is_refused_where_a_head_is_trained(
     assert [contents(folder) for folder in kept] == before
 
 
+PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 36, 3), dtype=np.uint8))
+
+
+def by_the_card(export: Path) -> torch.Tensor:
+    """The logits of `PICTURE` that the Python of an export's README gives."""
+    lines = (export / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    known: dict[str, Any] = {"FOLDER": str(export), "IMAGE": PICTURE, "NAMES": ["n0", "n1", "n2"]}
+    exec(lines, known)
+    return known["logits"].detach()
+
+
+def live_logits(run: Path) -> torch.Tensor:
+    """Those of the model that the run shipped, by the network that it trained."""
+    head = read_head(run / "model")
+    network = network_of(run / "model", templates=("a photo of a {}.",), names=("n0", "n1", "n2"))
+    how = preprocessing_of(json.loads((run / "model" / "preprocessor_config.json").read_text()))
+    network.mean, network.std = torch.tensor(how.mean), torch.tensor(how.std)
+    file = BytesIO()
+    PICTURE.save(file, "PNG")
+    pixels = torch.from_numpy(evaluation_pixels(StoredImage("picture", file.getvalue()), how))[None]
+    with torch.no_grad():
+        return (with_head(network, head) if head else network)(pixels)
+
+
 def test_an_export_has_the_head_and_the_scores_of_the_live_model(
     runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -196,9 +253,17 @@ def test_an_export_has_the_head_and_the_scores_of_the_live_model(
         ours, live = (load_file(folder / name) for folder in (tmp_path / "last", run / "model"))
         assert ours.keys() == live.keys()
         assert all(torch.equal(ours[key], live[key]) for key in live)
+    assert torch.equal(by_the_card(tmp_path / "last"), live_logits(run))
     assert export([str(run), f"--output_dir={tmp_path / 'first'}", "--expert=1", "--compare=false"]) == 0
     for part, tensor in Ledger.load(run / "ledger").head(1).items():
         assert torch.equal(read_head(tmp_path / "first")[part], tensor)
+
+
+def test_the_card_of_a_model_without_a_head_of_its_own(runs: dict[str, Path], tmp_path: Path) -> None:
+    run = runs["text"]
+    assert export([str(run), f"--output_dir={tmp_path / 'out'}", "--compare=false"]) == 0
+    assert "pipeline_tag: zero-shot-image-classification\n" in (tmp_path / "out" / "README.md").read_text()
+    torch.testing.assert_close(by_the_card(tmp_path / "out"), live_logits(run), rtol=1e-5, atol=1e-5)
 
 
 def test_prototypes_follow_a_text_tower_that_is_trained(runs: dict[str, Path]) -> None:

@@ -80,12 +80,12 @@ def hub_images(
     chosen = of_images if image_column is None else [column for column in of_images if column == image_column]
     if len(chosen) != 1:
         raise no_column(named, "image_column", image_column, "images", rows)
-    (image_column,) = chosen
+    (column,) = chosen
     feature = rows.features.get(label_column)
     whole = isinstance(feature, datasets.ClassLabel) or str(getattr(feature, "dtype", "")).startswith(("int", "uint"))
     if not whole:
         raise no_column(named, "label_column", label_column, "classes (ClassLabel, or whole numbers)", rows)
-    rows = rows.cast_column(image_column, datasets.Image(decode=False))
+    rows = rows.cast_column(column, datasets.Image(decode=False))
     labels = np.array([-1 if label is None else label for label in rows[label_column]], dtype=np.int64)
     if not len(labels):
         raise DataError(f"{named} has no row: give a split with images")
@@ -97,8 +97,8 @@ def hub_images(
     names = feature.names if isinstance(feature, datasets.ClassLabel) else map(str, range(int(labels.max()) + 1))
     digest = hashlib.sha256(labels.astype("<i8").tobytes())
     for row in np.linspace(0, len(labels) - 1, min(DIGESTED, len(labels))).astype(int):
-        digest.update(hashlib.sha256(image_of(rows, image_column, int(row), named).read()).digest())
-    part = HubPart(rows, image_column, labels.astype(np.int32), named, digest.hexdigest())
+        digest.update(hashlib.sha256(image_of(rows, column, int(row), named).read()).digest())
+    part = HubPart(rows, column, labels.astype(np.int32), named, digest.hexdigest())
     return LabelledImages([part]), tuple(names)
 
 

@@ -9,6 +9,7 @@ from lorasc_ds.image_reading import ImageReading
 from lorasc_ds.preparation import Preparation
 from lorasc_ds.streaming import looked_at
 from lorasc_ds.text_reading import TextReading
+from lorasc_ds.vision_tower import kept_bytes, passing_bytes
 
 
 def activation_bytes(preparation: Preparation) -> int:
@@ -16,7 +17,8 @@ def activation_bytes(preparation: Preparation) -> int:
     reading = preparation.reading
     if isinstance(reading, ImageReading):
         return image_activation_bytes(preparation, reading)
-    return text_activation_bytes(preparation, reading)
+    images = preparation.data.micro_batch_size * kept_bytes(preparation)
+    return text_activation_bytes(preparation, reading) + images
 
 
 def evaluation_bytes(preparation: Preparation) -> int:
@@ -24,7 +26,8 @@ def evaluation_bytes(preparation: Preparation) -> int:
     reading = preparation.reading
     if isinstance(reading, ImageReading):
         return image_evaluation_bytes(preparation, reading)
-    return text_evaluation_bytes(preparation, reading)
+    images = preparation.config.training.eval_batch_size * passing_bytes(preparation)
+    return text_evaluation_bytes(preparation, reading) + images
 
 
 def text_activation_bytes(preparation: Preparation, reading: TextReading) -> int:

@@ -24,12 +24,13 @@ from PIL import features
 
 from lorasc_ds.algorithm.files import write_atomically
 from lorasc_ds.corrupt_options import IMAGENET_SIZE, CorruptOptions
-from lorasc_ds.corrupting import Outcome, Recipe, Unreadable, make_copies, read_rgb
+from lorasc_ds.corrupting import Outcome, Recipe, make_copies, rgb_file
 from lorasc_ds.corruption_parameters import CIFAR, IMAGENET, is_small
 from lorasc_ds.errors import ConfigError, DataError
+from lorasc_ds.images import Unreadable
+from lorasc_ds.tasks.images import SUFFIXES
+from lorasc_ds.tasks.robustness import MANIFEST
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".gif")
-MANIFEST = "manifest.json"
 MAX_TEXTURES = 64  # every process holds them all
 NAMED = 10  # images that are named on the screen; the manifest has them all
 SECONDS = 10  # between two lines of progress
@@ -138,9 +139,9 @@ def frost_textures(folder: Path | None) -> tuple[Path, ...]:
         raise ConfigError(f"--frost_dir {folder} has {len(paths)} images: 1 to {MAX_TEXTURES} are needed")
     for path in paths:
         try:
-            read_rgb(path)
+            rgb_file(path)
         except Unreadable as error:
-            raise ConfigError(f"--frost_dir: {str(path)!r} cannot be read ({error}): remove it") from error
+            raise ConfigError(f"--frost_dir: {str(path)!r} cannot be read ({error.why}): remove it") from error
     return paths
 
 

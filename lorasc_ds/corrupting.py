@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -17,15 +16,11 @@ from PIL import Image
 from lorasc_ds.corruption_parameters import Parameters
 from lorasc_ds.corruptions import corrupt
 from lorasc_ds.errors import ConfigError
+from lorasc_ds.images import MAX_PIXELS, Unreadable, rgb_image
+from lorasc_ds.tasks.images import FileImage
 
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM", "GIF")  # others, such as EPS, run programs
-MAX_PIXELS = 89_478_485  # PIL's own limit against decompression bombs
 JPEG = {"format": "JPEG", "quality": 85, "optimize": True}  # as ImageNet-C's files are
 ENDINGS = {"jpeg": (".jpg", ".jpeg"), "png": (".png",)}
-
-
-class Unreadable(Exception):
-    """An image that cannot be had as pixels: why, in one line."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,9 +70,9 @@ def make_copies(recipe: Recipe, name: str) -> Outcome:
     if not missing:
         return Outcome(name, 0)
     try:
-        image = np.asarray(middle(read_rgb(recipe.source / name), recipe.size))
+        image = np.asarray(middle(rgb_file(recipe.source / name), recipe.size, name))
     except Unreadable as error:
-        return Outcome(name, 0, str(error))
+        return Outcome(name, 0, error.why)
     frost = textures(recipe.frost)
     for corruption, severity, path in missing:
         seed = seed_of(recipe.seed, corruption, severity, name)
@@ -91,35 +86,19 @@ def seed_of(seed: int, corruption: str, severity: int, name: str) -> int:
     return int.from_bytes(hashlib.sha256(text).digest()[:8], "little")
 
 
-def read_rgb(path: Path) -> Image.Image:
-    """The image as it is stored, not turned by its EXIF data; what is transparent is white.
-
-    Raises:
-        Unreadable: it cannot be read, is no image, is damaged or has more than `MAX_PIXELS`.
+def rgb_file(path: Path) -> Image.Image:
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # on metadata, and on bombs, which are refused below
-        try:
-            with Image.open(path, formats=FORMATS) as image:
-                if image.width * image.height > MAX_PIXELS:
-                    raise Unreadable(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS:,}")
-                if image.has_transparency_data:
-                    image = image.convert("RGBA")
-                    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-                return image.convert("RGB")
-        except (Unreadable, MemoryError):
-            raise
-        except Image.UnidentifiedImageError as error:
-            raise Unreadable(f"not an image ({', '.join(FORMATS)})") from error
-        except Exception as error:  # of many decoders, and none of them says which it raises
-            raise Unreadable(" ".join(f"{getattr(error, 'strerror', None) or error}".split())) from error
+    Raises:
+        Unreadable: see `rgb_image`.
+    """
+    return rgb_image(FileImage(path.name, str(path)))
 
 
-def middle(image: Image.Image, size: int) -> Image.Image:
+def middle(image: Image.Image, size: int, name: str) -> Image.Image:
     """The shorter side resized (bilinear) to `size` * 256 / 224, and of that the `size` x `size` in the middle.
 
     Raises:
-        Unreadable: the image is so long that this would take more than `MAX_PIXELS`.
+        Unreadable: the image, of that name, is so long that this would take more than `MAX_PIXELS`.
     """
     if not size:
         return image
@@ -127,7 +106,7 @@ def middle(image: Image.Image, size: int) -> Image.Image:
     shorter = round(size * 256 / 224)
     longer = int(shorter * max(width, height) / min(width, height))
     if shorter * longer > MAX_PIXELS:
-        raise Unreadable(f"{width} x {height} pixels are too far from a square to be cut to one")
+        raise Unreadable(name, f"{width} x {height} pixels are too far from a square to be cut to one")
     image = image.resize((shorter, longer) if width <= height else (longer, shorter), Image.Resampling.BILINEAR)
     left, top = round((image.width - size) / 2), round((image.height - size) / 2)
     return image.crop((left, top, left + size, top + size))
@@ -139,7 +118,7 @@ def textures(paths: tuple[Path, ...]) -> tuple[NDArray[np.uint8], ...]:
     Raises:
         Unreadable: one is no image.
     """
-    return tuple(np.asarray(read_rgb(path)) for path in paths)
+    return tuple(np.asarray(rgb_file(path)) for path in paths)
 
 
 def save(image: NDArray[np.uint8], path: Path, kind: str) -> None:

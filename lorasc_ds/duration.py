@@ -11,6 +11,7 @@ from lorasc_ds.image_reading import ImageReading
 from lorasc_ds.models import forward_parameters
 from lorasc_ds.preparation import Preparation
 from lorasc_ds.streaming import looked_at
+from lorasc_ds.vision_tower import patches, tower_parameters
 
 # One H100 SXM (NVIDIA's data sheet, dense): operations and bytes per second, and the share of them that LoRA reaches in
 # published measurements of 7B models; and what launching the kernels of a layer takes, whatever their size.
@@ -24,18 +25,34 @@ BYTES = {"bfloat16": 2, "float32": 4}
 def duration_lines(preparation: Preparation) -> Iterator[str]:
     """The tokens of a run and the time that they take."""
     trained = training_tokens(preparation)
+    rows = preparation.config.training.batch_size * preparation.plan.steps
     scored, answers = scored_tokens(preparation), generation_steps(preparation)
     evaluations = len(preparation.evaluation_steps) + 1  # before training too
     # A forward pass, and a backward pass of the same size: frozen weights have no gradients.
-    training = 2 * seconds(preparation, trained, preparation.plan.steps * preparation.accumulation)
+    training = 2 * (
+        seconds(preparation, trained, preparation.plan.steps * preparation.accumulation)
+        + image_seconds(preparation, rows)
+    )
     evaluation = evaluations * (
-        seconds(preparation, scored, evaluation_batches(preparation)) + decoding_seconds(preparation, answers)
+        seconds(preparation, scored, evaluation_batches(preparation))
+        + decoding_seconds(preparation, answers)
+        + image_seconds(preparation, scored_rows(preparation))
     )
     yield (
         f"time      about {readable(training + evaluation)} on one H100 at {REACHED:.0%} of its peak, an estimate:"
-        f" training {readable(training)} ({trained:,} tokens), {evaluations} evaluations {readable(evaluation)}"
-        f" ({scored:,} tokens{f' and up to {answers:,} steps of generation' if answers else ''} each)"
+        f" training {readable(training)} ({in_words(preparation, trained)}), {evaluations} evaluations"
+        f" {readable(evaluation)} ({in_words(preparation, scored)}"
+        f"{f' and up to {answers:,} steps of generation' if answers else ''} each)"
     )
+
+
+def in_words(preparation: Preparation, tokens: int) -> str:
+    """An amount of tokens; of images, how many these are."""
+    reading = preparation.reading
+    if isinstance(reading, ImageReading):
+        each = reading.tokens(preparation.shape)
+        return f"{tokens // each:,} images of {each} tokens"
+    return f"{tokens:,} tokens"
 
 
 def tokens_of(examples: Sequence[EncodedExample], share_prefixes: bool) -> int:
@@ -68,6 +85,12 @@ def scored_tokens(preparation: Preparation) -> int:
     return sum(tokens_of(examples, shared) + sum(len(e.prompt) for e in examples) for examples in splits)
 
 
+def scored_rows(preparation: Preparation) -> int:
+    """Rows of one evaluation of every split: for the loss, and for an answer where one is generated."""
+    rows = sum(len(preparation.splits[split]) for split in preparation.task.evaluation_splits)
+    return rows * (1 if preparation.task.generation is None else 2)
+
+
 def evaluation_batches(preparation: Preparation) -> int:
     splits = [preparation.splits[split] for split in preparation.task.evaluation_splits]
     return sum(math.ceil(len(examples) / preparation.config.training.eval_batch_size) for examples in splits)
@@ -84,7 +107,7 @@ def work_of(preparation: Preparation) -> tuple[int, int]:
     shape, reading = preparation.shape, preparation.reading
     if isinstance(reading, ImageReading):
         return reading.parameters(shape), reading.tower(shape).num_hidden_layers
-    return forward_parameters(shape), shape.config.get_text_config().num_hidden_layers
+    return forward_parameters(shape) - tower_parameters(shape), shape.config.get_text_config().num_hidden_layers
 
 
 def seconds(preparation: Preparation, tokens: int, passes: int) -> float:
@@ -92,6 +115,12 @@ def seconds(preparation: Preparation, tokens: int, passes: int) -> float:
     rate = REACHED * OPERATIONS[preparation.config.model.dtype]
     parameters, layers = work_of(preparation)
     return max(2 * parameters * tokens / rate, passes * layers * LAYER_SECONDS)
+
+
+def image_seconds(preparation: Preparation, rows: int) -> float:
+    """Of a vision-language model's forward passes over the images of so many rows."""
+    rate = REACHED * OPERATIONS[preparation.config.model.dtype]
+    return 2 * tower_parameters(preparation.shape) * patches(preparation)[0] * rows / rate
 
 
 def decoding_seconds(preparation: Preparation, steps: int) -> float:

@@ -30,7 +30,7 @@ def encode_image_text(encoder: Encoder, examples: Sequence[Example]) -> list[Enc
         except Unreadable as error:
             if encoder.task.unreadable == "refuse":
                 raise DataError(f"{example.id}: {error}; mend the image, or set task.unreadable skip") from error
-            encoder.unreadable.append(Unreadable(f"{example.id}: {error}"))
+            encoder.unreadable.append(Unreadable(example.id, str(error)))
     return encoded
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any
 
+import torch
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lorasc_ds import models
@@ -181,9 +182,30 @@ def image_reading(
     layout = ImageLayout(
         preprocessing_of(processor.to_dict()), classes.crop_scale, classes.unreadable == "refuse", seed, workers
     )
+    check_size(model, shape, layout.how.size)
     tokenizer = None if head == "classifier" else models.load_tokenizer(model)
     prompts = None if tokenizer is None else prompts_of(classes, tokenizer, models.longest_sequence(shape) or 77)
     return ImageReading(task, classes, head, layout, processor, tokenizer, prompts)
+
+
+def check_size(model: ModelConfig, shape: PreTrainedModel, size: tuple[int, int]) -> None:
+    """Try it on the meta device: DINOv2 and BEiT interpolate their positions; CLIP, SigLIP, ViT and DeiT do not.
+
+    Args:
+        size: height and width of the pixels.
+
+    Raises:
+        ConfigError: the model takes no pixels of that size.
+    """
+    read: Any = shape.get_image_features if models.has_text_tower(shape.config) else shape
+    try:
+        read(pixel_values=torch.empty(1, 3, *size, dtype=shape.dtype, device=shape.device))
+    except (RuntimeError, ValueError) as error:
+        raise ConfigError(
+            f"model.name_or_path {model.name_or_path}: its preprocessor_config.json makes {size[0]} x {size[1]} pixels,"
+            f" which {type(shape).__name__} does not take ({' '.join(str(error).split())[:200]}): set size and"
+            " crop_size there to those of the model"
+        ) from error
 
 
 def refuse_text_settings(training: TrainingConfig) -> None:

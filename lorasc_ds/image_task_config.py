@@ -74,7 +74,9 @@ class ImagesConfig(TrainedClasses):
     )
     dataset: str | None = Field(default=None, description="Hub id of a data set with images, in place of data_dir.")
     revision: str | None = Field(default=None, description="Branch, tag or commit of the hub data set.")
-    image_column: str = Field(default="image", min_length=1, description="Its column of images.")
+    image_column: str | None = Field(
+        default=None, min_length=1, description="Its column of images; null: the only one that it has."
+    )
     label_column: str = Field(default="label", min_length=1, description="Its column of classes.")
     train_split: str = Field(default="train", min_length=1, description="Its split that is trained on.")
     test_split: str = Field(default="test", min_length=1, description="Its split that is only reported.")

@@ -52,7 +52,14 @@ SHORTER_SIDE = ("CLIP", "ChineseCLIP", "Bit", "ConvNext")  # what a bare number 
 
 
 class Unreadable(Exception):
-    """An image that cannot be had as pixels: one line with its name and why."""
+    """An image that cannot be had as pixels: its name and, in a line, why."""
+
+    def __init__(self, name: str, why: str) -> None:
+        super().__init__(name, why)
+        self.why = why
+
+    def __str__(self) -> str:
+        return ": ".join(self.args)
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,7 +188,7 @@ def evaluation_pixels(source: ImageSource, how: Preprocessing) -> NDArray[np.uin
         width, height = image.size
         shape = how.resize if isinstance(how.resize, tuple) else shorter_side(height, width, how.resize)
         if math.prod(shape) > MAX_PIXELS:
-            raise Unreadable(f"{source.name}: {width} x {height} pixels are too far from a square to be resized")
+            raise Unreadable(source.name, f"{width} x {height} pixels are too far from a square to be resized")
         image = image.resize((shape[1], shape[0]), how.resample)
     if how.crop is not None:
         height, width = how.crop
@@ -250,7 +257,7 @@ def rgb_image(source: ImageSource) -> Image.Image:
     try:
         content = source.read()
     except OSError as error:
-        raise Unreadable(f"{source.name}: {error.strerror or error}") from error
+        raise Unreadable(source.name, f"{error.strerror or error}") from error
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # on metadata, which is not used
         warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -260,13 +267,13 @@ def rgb_image(source: ImageSource) -> Image.Image:
                     raise Image.DecompressionBombError
                 return to_rgb(image)
         except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-            raise Unreadable(f"{source.name}: more than {MAX_PIXELS:,} pixels, a decompression bomb") from error
+            raise Unreadable(source.name, f"more than {MAX_PIXELS:,} pixels, a decompression bomb") from error
         except Image.UnidentifiedImageError as error:
-            raise Unreadable(f"{source.name}: not an image ({', '.join(FORMATS)})") from error
+            raise Unreadable(source.name, f"not an image ({', '.join(FORMATS)})") from error
         except MemoryError:
             raise
         except Exception as error:  # of many decoders, and none of them says which it raises
-            raise Unreadable(f"{source.name}: damaged ({' '.join(f'{error}'.split())})") from error
+            raise Unreadable(source.name, f"damaged ({' '.join(f'{error}'.split())})") from error
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

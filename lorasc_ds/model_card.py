@@ -6,10 +6,31 @@ import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from lorasc_ds import models
 from lorasc_ds.exported_run import ExportedRun
 
 SHOWN_PACKAGES = ("lorasc_ds", "torch", "transformers", "peft")
 PAPER = "[LoRASC](https://arxiv.org/abs/2407.01491)"
+
+
+PIPELINES = {  # by what loads the model
+    "AutoModelForCausalLM": "text-generation",
+    "AutoModelForImageTextToText": "image-text-to-text",
+    "AutoModelForImageClassification": "image-classification",
+    "AutoModel": "zero-shot-image-classification",
+}
+TRAINED_HEAD = (
+    'head = load_file(f"{FOLDER}/head.safetensors")  # a row for each class, in the order of the task',
+    'pixels = processor(IMAGE, return_tensors="pt")["pixel_values"].to(model.dtype)',
+    "with torch.no_grad():",
+    "    features = model.get_image_features(pixel_values=pixels).pooler_output.float()",
+    'logits = torch.nn.functional.normalize(features, dim=-1) @ head["weight"].T + head["bias"]',
+)
+PROTOTYPES = (
+    'texts = [f"a photo of a {name}." for name in NAMES]  # the run took the mean over all of its prompts',
+    'inputs = processor(text=texts, images=IMAGE, padding="max_length", return_tensors="pt").to(model.dtype)',
+    "logits = model(**inputs).logits_per_image",
+)
 
 
 def shown_name(name_or_path: str) -> str:
@@ -30,15 +51,16 @@ def card(run: ExportedRun, kind: str, facts: Mapping[str, str]) -> str:
         facts: what is to be known of this export, by label.
     """
     base = shown_name(run.ledger.base.name)
+    loader = models.auto_class(run.model, models.load_architecture(run.model)).__name__
     return "\n".join(
         (
-            *front_matter(base, run.config.adapter.method, kind),
+            *front_matter(base, run.config.adapter.method, kind, PIPELINES[loader]),
             f"# {base} after {run.expert} {run.ledger.strategy} {'expert' if run.expert == 1 else 'experts'}",
             "",
             f"{WHAT[kind].format(base=base)} It was trained with the strategy `{run.ledger.strategy}` of `lorasc_ds`"
             f" ({PAPER}), and exported from the run's ledger.",
             "",
-            *usage(run, kind, base),
+            *usage(run, kind, base, loader),
             "## The export",
             "",
             *table(("", ""), facts.items()),
@@ -59,7 +81,7 @@ WHAT = {
 }
 
 
-def front_matter(base: str, method: str, kind: str) -> list[str]:
+def front_matter(base: str, method: str, kind: str, pipeline: str) -> list[str]:
     """Hugging Face's metadata, YAML; a JSON string is one."""
     tags = ["lorasc", "lora", *(["dora"] if method == "dora" else [])]
     library = "transformers" if kind == "merged" else "peft"
@@ -67,32 +89,29 @@ def front_matter(base: str, method: str, kind: str) -> list[str]:
         "---",
         f"base_model: {json.dumps(base)}",
         f"library_name: {library}",
-        "pipeline_tag: text-generation",
+        f"pipeline_tag: {pipeline}",
         f"tags: {json.dumps(tags)}",
         "---",
         "",
     ]
 
 
-def usage(run: ExportedRun, kind: str, base: str) -> list[str]:
-    dtype = f"dtype={json.dumps(run.config.model.dtype)}"
-    if kind == "merged":
-        lines = [
-            "from transformers import AutoModelForCausalLM",
-            "",
-            f"model = AutoModelForCausalLM.from_pretrained(FOLDER, {dtype})",
-        ]
-    else:
-        revision = run.ledger.base.revision
-        pinned = f", revision={json.dumps(revision)}" if revision else ""
-        lines = [
-            "from peft import PeftModel",
-            "from transformers import AutoModelForCausalLM",
-            "",
-            f"base = AutoModelForCausalLM.from_pretrained({json.dumps(base)}{pinned}, {dtype})",
-            "model = PeftModel.from_pretrained(base, FOLDER)",
-        ]
-    return ["```python", *lines, "```", ""]
+def usage(run: ExportedRun, kind: str, base: str, loader: str) -> list[str]:
+    """Python that makes the model; of CLIP's kind, the logits of an image too, for which it has no layer."""
+    imports, dtype = [loader], f"dtype={json.dumps(run.config.model.dtype)}"
+    revision = run.ledger.base.revision
+    pinned = f", revision={json.dumps(revision)}" if revision else ""
+    source = "FOLDER" if kind == "merged" else f"{json.dumps(base)}{pinned}"
+    lines = [f"model = {loader}.from_pretrained({source}, {dtype})"]
+    if kind != "merged":
+        lines.append("model = PeftModel.from_pretrained(model, FOLDER)")
+    if loader == "AutoModel":
+        imports.append("AutoImageProcessor" if run.head else "AutoProcessor")
+        lines.append(f"processor = {imports[-1]}.from_pretrained({source})")
+        lines += TRAINED_HEAD if run.head else PROTOTYPES
+    head = ["import torch", "from safetensors.torch import load_file"] if loader == "AutoModel" and run.head else []
+    peft = ["from peft import PeftModel"] if kind != "merged" else []
+    return ["```python", *head, *peft, f"from transformers import {', '.join(sorted(imports))}", "", *lines, "```", ""]
 
 
 def settings(run: ExportedRun) -> dict[str, str]:

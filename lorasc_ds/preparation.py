@@ -32,7 +32,7 @@ class Preparation:
     """A checked run.
 
     Args:
-        model: as it is loaded: of the task's classes, where it gets a new classifier for them.
+        model: what is loaded: `config.model`, with as many outputs as a classifier that is trained has classes.
         shape: the adapted model on the meta device; `weights` are its adapted weights.
         network: what an engine would be given of it.
         reading: the task's examples as the model reads them.

@@ -133,7 +133,7 @@ def held_in_memory(image: ImageSource) -> StoredImage:
     try:
         return StoredImage(image.name, image.read())
     except OSError as error:
-        raise Unreadable(f"{image.name}: {error.strerror or error}") from error
+        raise Unreadable(image.name, str(error.strerror or error)) from error
 
 
 def reread(image: ImageSource) -> Image:

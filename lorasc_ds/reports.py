@@ -70,7 +70,7 @@ class StepReport(NamedTuple):
     Args:
         loss: mean loss of the global batch.
         grad_norm: of the gradient before clipping.
-        tokens: read.
+        tokens: read; of a task on the classes of images, these.
         seconds: wall time.
         examples: ids of the global batch.
         asked_to_stop: whether any process was.

@@ -30,8 +30,17 @@ class Record:
 
 
 @contextmanager
-def explaining_memory(size: str) -> Iterator[None]:
+def explaining_memory(
+    size: str,
+    told: str = "an evaluation ran",
+    remedy: str = "lower training.eval_batch_size (--batch_size of launch/evaluate.py)",
+) -> Iterator[None]:
     """Turns running out of an accelerator's memory into one line.
+
+    Args:
+        size: of the batch, in words.
+        told: what ran out.
+        remedy: what to do, before the model is cut up.
 
     Raises:
         ConfigError: it did.
@@ -40,7 +49,6 @@ def explaining_memory(size: str) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         raise ConfigError(
-            f"an evaluation ran out of memory on {size}: lower training.eval_batch_size"
-            " (--batch_size of launch/evaluate.py), or cut the model up by --deepspeed ds_configs/zero3.json"
+            f"{told} out of memory on {size}: {remedy}, or cut the model up by --deepspeed ds_configs/zero3.json"
             f" ({' '.join(str(error).split())[:200]})"
         ) from error

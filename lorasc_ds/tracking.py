@@ -33,6 +33,7 @@ class Tracker:
         directory: the run directory.
         task: name of the task, in the tags of its scores.
         headline: the metric that the lines of an evaluation show.
+        counted: what the speed is counted in, `tokens` or `images`.
         steps: optimizer steps of the run.
         steps_per_epoch: of them, those of one pass over the training examples.
         experts: experts of the run.
@@ -48,6 +49,7 @@ class Tracker:
         *,
         task: str,
         headline: str,
+        counted: str,
         steps: int,
         steps_per_epoch: int,
         experts: int,
@@ -59,6 +61,7 @@ class Tracker:
         self.directory = directory
         self.task = task
         self.headline = headline
+        self.counted = counted
         self.steps_per_epoch = steps_per_epoch
         self.experts = experts
         self.log_steps = log_steps
@@ -235,17 +238,18 @@ class Tracker:
         window, self.window = self.window, []
         if not window:
             return
+        per_second = f"{self.counted}_per_second"
         values = {
             "loss": sum(one.loss for one in window) / len(window),
             "lr": self.learning_rate,
             "grad_norm": sum(one.grad_norm for one in window) / len(window),
-            "tokens_per_second": sum(one.tokens for one in window) / sum(one.seconds for one in window),
+            per_second: sum(one.tokens for one in window) / sum(one.seconds for one in window),
         }
         self.record("step", values)
-        tags = {"loss": "train/loss", "grad_norm": "train/grad_norm", "tokens_per_second": "perf/tokens_per_second"}
+        tags = {"loss": "train/loss", "grad_norm": "train/grad_norm", per_second: f"perf/{per_second}"}
         self.scalars({tag: values[key] for key, tag in tags.items()})
         self.scalars({f"train/lr/{role}": self.learning_rate * ratio for role, ratio in self.lr_ratios.items()})
-        state = f"loss {values['loss']:.4f}, {values['tokens_per_second']:,.0f} tokens/s"
+        state = f"loss {values['loss']:.4f}, {values[per_second]:,.0f} {self.counted}/s"
         self.bar.set_description(f"expert {self.expert}/{self.experts}", refresh=False)
         self.bar.set_postfix_str(state)
         if self.bar.disable and time.monotonic() - self.last_line > PLAIN_LINE_SECONDS:
@@ -319,12 +323,12 @@ class Tracker:
         return {"examples": examples, "seconds": self.choosing_seconds, "share": share}
 
     def timing(self) -> dict[str, Any]:
-        """Seconds of all steps, of each boundary and of all checkpoints, and tokens per second of steps."""
+        """Seconds of all steps, of each boundary and of all checkpoints, and what was read per second of steps."""
         return {
             "train_seconds": self.seconds,
             "boundary_seconds": self.boundary_seconds,
             "checkpoint_seconds": self.checkpoint_seconds,
-            "tokens_per_second": self.tokens / self.seconds,
+            f"{self.counted}_per_second": self.tokens / self.seconds,
         }
 
 

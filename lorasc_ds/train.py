@@ -176,6 +176,7 @@ def tracker_of(directory: Path, preparation: Preparation, checkpoint: Checkpoint
         directory,
         task=preparation.task.name,
         headline=preparation.task.headline,
+        counted=preparation.task.counted,
         steps=preparation.plan.steps,
         steps_per_epoch=preparation.data.steps_per_epoch,
         experts=preparation.plan.experts,

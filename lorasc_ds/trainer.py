@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import resource
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +18,10 @@ from lorasc_ds.adapters import AdaptedWeight, backbone_parameters, other_matrice
 from lorasc_ds.algorithm.ledger import Adapter, Base, Ledger, LedgerError
 from lorasc_ds.cascade import Boundaries
 from lorasc_ds.classifier import ImageClassifier, SavedHead, make_rows
-from lorasc_ds.data import Batch
 from lorasc_ds.encoded import EncodedExample
 from lorasc_ds.errors import CheckpointError, ConfigError
 from lorasc_ds.evaluation import check_images, check_layout, evaluate, evaluation_mode, for_the_loss_alone
 from lorasc_ds.generation import Generator
-from lorasc_ds.image_data import ImageBatch
 from lorasc_ds.image_reading import ImageReading
 from lorasc_ds.live_weights import LiveWeights
 from lorasc_ds.objectives import probe_logits, summed_loss
@@ -32,6 +29,7 @@ from lorasc_ds.order import derived_seed
 from lorasc_ds.prefetching import Ahead
 from lorasc_ds.preparation import Preparation
 from lorasc_ds.reports import StepReport
+from lorasc_ds.scoring import explaining_memory
 from lorasc_ds.selection import Patience, Selection
 from lorasc_ds.sharding import Processes, prepare_engine
 from lorasc_ds.stopping import Stopping
@@ -230,7 +228,11 @@ class Trainer:
         totals = torch.zeros(4, dtype=torch.float64, device=self.processes.device)
         for number, micro in enumerate(batch.micro_batches, start=1):
             torch.manual_seed(derived_seed(training.seed, step, micro.first))  # dropout
-            with self.engine.micro_step(last=number == len(batch.micro_batches)), explaining_memory(step, micro.batch):
+            lower = f"lower training.micro_batch_size{micro.batch.also_lower}, set training.gradient_checkpointing"
+            with (
+                self.engine.micro_step(last=number == len(batch.micro_batches)),
+                explaining_memory(micro.batch.size, f"step {step + 1}: a micro batch ran", lower),
+            ):
                 loss = summed_loss(self.engine.model, micro.batch.to(self.processes.device), self.preparation.task.loss)
                 loss = loss * micro.counts / batch.normaliser
                 # A loss that is not finite makes the gradient so, which every engine looks at; else this is times 1.
@@ -259,23 +261,6 @@ class Trainer:
             directory.mkdir(exist_ok=True)
             note = "training.save_model was false: the ledger and the base model give these weights.\n"
             (directory / "NOT_SAVED.txt").write_text(note)
-
-
-@contextmanager
-def explaining_memory(step: int, batch: Batch | ImageBatch) -> Iterator[None]:
-    """Turns running out of an accelerator's memory into one line.
-
-    Raises:
-        ConfigError: it did.
-    """
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise ConfigError(
-            f"step {step + 1}: out of memory on a micro batch of {batch.size}: lower training.micro_batch_size"
-            f"{batch.also_lower}, set training.gradient_checkpointing, or cut the model"
-            f" up by --deepspeed ds_configs/zero3.json ({' '.join(str(error).split())[:200]})"
-        ) from error
 
 
 def peak_memory(device: torch.device) -> int:

@@ -136,6 +136,12 @@ def forked(case: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def asked_to_stop(point: str, *arguments: str) -> int:
+    """A run in this process, which gets SIGTERM at a point."""
+    instrument(point, "terminate", Path(os.devnull), Path())
+    return train(arguments, RECIPE)
+
+
 def main(file: str) -> None:
     cases = json.loads(Path(file).read_text())
     results = [forked(case) for case in cases]

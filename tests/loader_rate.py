@@ -1,11 +1,11 @@
 """How many images a core decodes and brings to the network's size in a second, beside what a model takes.
 
     python tests/loader_rate.py                  # files of about ImageNet's size, by CLIP's preprocessing
-    python tests/loader_rate.py --model tiny     # and the forward pass of a vision tower on the same batches
-    python tests/loader_rate.py --model vit_b
+    python tests/loader_rate.py --model vit_b    # and evaluation and training of a vision tower on the same images
 
 The files are crops of scikit-learn's two photographs, 500 x 375 pixels, quality 90; the model is a random CLIP vision
-tower on this machine's device. The rate of a core is images by seconds of its time, so that others do not disturb it.
+tower with pairs on q and v, on one core or on this machine's GPU. The rates of a core are images by seconds of its time,
+so that others do not disturb them; the last lines say how many cores have to decode for each that trains.
 """
 
 from __future__ import annotations
@@ -69,24 +69,53 @@ def rate_of_threads(work: Callable[[ImageSource], Any], sources: Sequence[ImageS
         return len(sources) / (time.perf_counter() - began)
 
 
-def rate_of_model(shape: dict[str, int], sources: Sequence[ImageSource], batch_size: int, rounds: int) -> float:
-    """Images a second of the clock that a CLIP vision tower of 16-pixel patches takes, forward."""
+def rates_of_model(
+    shape: dict[str, int], sources: Sequence[ImageSource], batch_size: int, rounds: int
+) -> dict[str, float]:
+    """Images a second that a CLIP vision tower of 16-pixel patches takes: forward, and in a step that trains pairs.
+
+    Of a core's time, with one thread; on a GPU by the clock.
+    """
     import torch
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
+    from lorasc_ds.adapters import attach
+
     torch.manual_seed(0)
+    torch.set_num_threads(1)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = CLIPVisionModel(CLIPVisionConfig(image_size=224, patch_size=16, **shape)).eval().to(device)
+    clock = time.perf_counter if device == "cuda" else time.process_time
+    model = CLIPVisionModel(CLIPVisionConfig(image_size=224, patch_size=16, **shape))
+    attach(model, rank=8, lora_alpha=16, use_rslora=False, dropout=0.0, target_modules=["q_proj", "v_proj"])
+    model.to(device)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4)
     mean, std = (torch.tensor(value, device=device).view(3, 1, 1) for value in (HOW.mean, HOW.std))
     pixels = torch.from_numpy(np.stack([evaluation_pixels(source, HOW) for source in sources[:batch_size]]))
-    times = []
-    with torch.inference_mode():
+
+    def features() -> torch.Tensor:
+        return model((pixels.to(device) / 255 - mean) / std).pooler_output
+
+    def evaluation() -> None:
+        with torch.inference_mode():
+            features().sum().item()  # waits for the device
+
+    def training() -> None:
+        loss = features().square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        loss.item()
+
+    found = {}
+    for name, work in {"evaluation": evaluation, "training": training}.items():
+        times = []
         for _ in range(rounds + 1):  # the first warms up
-            began = time.perf_counter()
-            features = model((pixels.to(device) / 255 - mean) / std).pooler_output
-            features.sum().item()  # waits for the device
-            times.append(time.perf_counter() - began)
-    return len(pixels) / min(times[1:])
+            began = clock()
+            work()
+            times.append(clock() - began)
+        found[name] = len(pixels) / min(times[1:])
+    return found
 
 
 def main() -> None:
@@ -104,16 +133,21 @@ def main() -> None:
         print(f"{len(sources)} files of {size:.0f} KiB, {os.cpu_count()} cores")
         evaluation = partial(evaluation_pixels, how=HOW)
         training = partial(training_pixels, how=HOW, crop_scale=(0.9, 1.0), seed=0)
+        rates = {}
         for name, work in {"decoding": rgb_image, "evaluation": evaluation, "training": training}.items():
-            print(f"{name:<10} {rate(work, sources, options.rounds):7.0f} images a second and core", flush=True)
+            rates[name] = rate(work, sources, options.rounds)
+            print(f"loader     {name:<10} {rates[name]:8.1f} images a second and core", flush=True)
         for threads in (1, 2):
             found = max(rate_of_threads(evaluation, sources, threads) for _ in range(options.rounds))
-            print(f"evaluation {found:7.0f} images a second by the clock with {threads} threads", flush=True)
+            print(f"loader     evaluation {found:8.1f} images a second by the clock with {threads} threads", flush=True)
         if options.model:
-            found = rate_of_model(SHAPES[options.model], sources, options.batch_size, options.rounds)
-            print(
-                f"{options.model:<10} {found:7.1f} images a second by the clock, forward, batches of {options.batch_size}"
-            )
+            batch = f"batches of {options.batch_size}"
+            for name, found in rates_of_model(
+                SHAPES[options.model], sources, options.batch_size, options.rounds
+            ).items():
+                print(
+                    f"{options.model:<10} {name:<10} {found:8.1f} images a second, {batch}; needs {found / rates[name]:.3f} cores that decode"
+                )
 
 
 if __name__ == "__main__":

@@ -14,8 +14,9 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from lorasc_ds.corrupt import main
-from lorasc_ds.corrupting import middle, read_rgb, seed_of
+from lorasc_ds.corrupting import middle, rgb_file, seed_of
 from lorasc_ds.corruptions import NAMES, corrupt
+from lorasc_ds.tasks.robustness import corrupted_images
 
 ROOT = Path(__file__).parents[1]
 FEW = ["--corruptions=contrast,shot_noise,motion_blur", "--severities=5,2", "--workers=1"]  # in this process
@@ -111,13 +112,15 @@ def test_the_geometry_of_imagenet_c() -> None:
     """torchvision's Resize(256) and CenterCrop(224)."""
     image = Image.fromarray(load_sample_images().images[0])  # 640 x 427
     resized = image.resize((383, 256), Image.Resampling.BILINEAR)
-    assert np.array_equal(middle(image, 224), resized.crop((80, 16, 304, 240)))  # (383 - 224) / 2 is 79.5: to even
+    assert np.array_equal(
+        middle(image, 224, "china"), resized.crop((80, 16, 304, 240))
+    )  # (383 - 224) / 2 is 79.5: to even
     upright = image.transpose(Image.Transpose.ROTATE_90)
     assert np.array_equal(
-        middle(upright, 224), upright.resize((256, 383), Image.Resampling.BILINEAR).crop((16, 80, 240, 304))
+        middle(upright, 224, "china"), upright.resize((256, 383), Image.Resampling.BILINEAR).crop((16, 80, 240, 304))
     )
-    assert middle(image, 0) is image
-    assert middle(image.crop((0, 0, 20, 30)), 224).size == (224, 224)
+    assert middle(image, 0, "china") is image
+    assert middle(image.crop((0, 0, 20, 30)), 224, "china").size == (224, 224)
 
 
 def test_jpeg_of_quality_85(source: Path, tmp_path: Path, command: Command) -> None:
@@ -126,7 +129,7 @@ def test_jpeg_of_quality_85(source: Path, tmp_path: Path, command: Command) -> N
         == 0
     )
     assert set(contents(tmp_path / "out")) == {"contrast/1/cat/1.JPEG", "contrast/1/dog/a b.jpg"}
-    pixels = corrupt(np.asarray(middle(read_rgb(source / "cat/1.JPEG"), 224)), "contrast", 1, 0)
+    pixels = corrupt(np.asarray(middle(rgb_file(source / "cat/1.JPEG"), 224, "cat")), "contrast", 1, 0)
     Image.fromarray(pixels).save(tmp_path / "expected.jpg", quality=85, optimize=True)
     assert (tmp_path / "out/contrast/1/cat/1.JPEG").read_bytes() == (tmp_path / "expected.jpg").read_bytes()
     assert manifest(tmp_path / "out")["not_comparable"] == []
@@ -172,12 +175,14 @@ def test_what_is_finished_is_not_made_again(
     assert (code, said) == (130, "stopped by Ctrl-C; the same command goes on from here\n")
     assert len(contents(out)) == 8
     assert not manifest(out)["complete"]
+    assert any("did not finish, so that copies are missing" in note for note in notes_of(out))
     code, said, _ = command(source, out, *arguments)
     assert code == 0
     assert "16 copies made" in said
     assert len(made) == 9 + 16
     assert contents(out) == contents(whole)
     assert manifest(out) == manifest(whole)
+    assert not any("did not finish" in note for note in notes_of(out))
 
 
 def test_what_cannot_be_read_is_named_and_counted(source: Path, tmp_path: Path, command: Command) -> None:
@@ -196,7 +201,7 @@ def test_what_cannot_be_read_is_named_and_counted(source: Path, tmp_path: Path, 
         "dog/text.png": "not an image",
         "dog/program.jpg": "not an image",
         "dog/lost.jpg": "No such file",
-        "dog/bomb.ppm": "10000 x 9000 pixels are more than 89,478,485",
+        "dog/bomb.ppm": "more than 89,478,485 pixels, a decompression bomb",
         "dog/larger.ppm": "decompression bomb",
         "dog/thread.png": "too far from a square",
     }
@@ -214,18 +219,26 @@ def test_what_cannot_be_read_is_named_and_counted(source: Path, tmp_path: Path, 
     assert "none of its 11 images can be read" in said
 
 
+def notes_of(out: Path) -> tuple[str, ...]:
+    """What one is told who scores the folder."""
+    return corrupted_images(data_dir=str(out), class_names=None, templates="simple", head="auto").notes
+
+
 def test_made_up_frost_is_called_so(source: Path, tmp_path: Path, command: Command) -> None:
     arguments = ["--corruptions=frost,contrast", "--severities=1", "--workers=1", "--limit=1"]
     _, said, _ = command(source, tmp_path / "made_up", *arguments)
     label = "frost: made-up ice in place of photographs, not comparable with ImageNet-C's frost"
     assert label in said
     assert any(line.startswith(label) for line in manifest(tmp_path / "made_up")["not_comparable"])
+    notes = notes_of(tmp_path / "made_up")
+    assert len(notes) == 1
+    assert notes[0].startswith(f"corrupted_images: not comparable with ImageNet-C: {label}")
     (tmp_path / "ice").mkdir()
     Image.new("RGB", (300, 300), (50, 60, 70)).save(tmp_path / "ice/1.png")
     _, said, _ = command(source, tmp_path / "textures", *arguments, "--frost_dir", tmp_path / "ice", "--format=png")
     assert "made-up" not in said
     assert "made-up" not in (tmp_path / "textures/manifest.json").read_text()
-    expected = np.minimum(np.add(middle(read_rgb(source / "cat/1.JPEG"), 224), [20.0, 24.0, 28.0]), 255)
+    expected = np.minimum(np.add(middle(rgb_file(source / "cat/1.JPEG"), 224, "cat"), [20.0, 24.0, 28.0]), 255)
     assert np.array_equal(np.asarray(Image.open(tmp_path / "textures/frost/1/cat/1.JPEG.png")), expected)
 
 

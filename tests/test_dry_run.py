@@ -140,3 +140,11 @@ def test_the_time_is_that_of_the_tokens() -> None:
         2 * forward_parameters(preparation.shape) * 1e9 / (0.4 * 67e12)
     )
     assert seconds(preparation, 1, 1000) == 1000 * 4 * 5e-4
+
+
+def test_the_time_of_images_is_told_in_images() -> None:
+    preparation = prepared("--task.name=digit_images", "--model.name_or_path=quickstart-vit", "--training.epochs=2")
+    (line,) = duration_lines(preparation)
+    scored = sum(len(preparation.splits[split]) for split in preparation.task.evaluation_splits)
+    tokens = (32 // 8) ** 2 + 1
+    assert f"training 1 s ({2 * 12} images of {tokens} tokens), 3 evaluations 1 s ({scored} images of {tokens}" in line

@@ -99,7 +99,7 @@ def test_out_of_memory_says_what_to_lower(
     assert command(tmp_path / "run") == 2
     error = capsys.readouterr().err
     assert error.startswith(
-        "error: step 1: out of memory on a micro batch of 4 sequences of 66 tokens: lower training."
+        "error: step 1: a micro batch ran out of memory on 4 sequences of 66 tokens: lower training."
     )
     assert error.count("\n") == 1
 

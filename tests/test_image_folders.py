@@ -166,7 +166,7 @@ def test_the_images_of_a_hub_split(hub: str) -> None:
     assert found.only([4])[0].images[0].read() == png(4)
     sent = pickle.loads(pickle.dumps(found[3].images[0]))
     assert sent == StoredImage(f"{hub}/train:4", png(3))
-    numbers, names = hub_images(hub, "train", None, "image", "number")
+    numbers, names = hub_images(hub, "train", None, None, "number")
     assert names == tuple("012345")
     assert numbers.sha256 != found.sha256 == hub_images(hub, "train", None, "image", "label")[0].sha256
 
@@ -185,3 +185,23 @@ def test_what_a_hub_split_needs(hub: str, split: str, image: str, label: str, me
     with pytest.raises(DataError, match=message) as caught:
         hub_images(hub, split, None, image, label)
     assert "\n" not in str(caught.value)
+
+
+def test_one_of_several_columns_of_images_is_to_be_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    cells = [{"bytes": png(3), "path": None}]
+    features = datasets.Features(
+        {"photo": datasets.Image(), "depth": datasets.Image(), "label": datasets.Value("int64")}
+    )
+    rows = datasets.Dataset.from_dict({"photo": cells, "depth": cells, "label": [0]}, features=features)
+    for given, message in (
+        (rows, "data/train has not one column of images; it has photo, depth, label: set task.image_column to one"),
+        (rows.select_columns("label"), "data/train has not one column of images; it has label: set task.image_column"),
+    ):
+        monkeypatch.setattr("lorasc_ds.tasks.hub_images.hub_split", lambda *_, given=given: given)
+        with pytest.raises(DataError, match=message):
+            hub_images("data", "train", None, None, "label")
+    monkeypatch.setattr("lorasc_ds.tasks.hub_images.hub_split", lambda *_: rows)
+    found, _ = hub_images("data", "train", None, "depth", "label")
+    assert found[0].images[0].read() == png(3)

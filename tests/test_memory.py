@@ -7,6 +7,7 @@ import weakref
 from pathlib import Path
 from typing import Any
 
+import image_text_model
 import pytest
 import torch
 from conftest import RECIPE
@@ -17,10 +18,12 @@ from transformers import LlamaConfig
 from lorasc_ds import memory, models
 from lorasc_ds.cli import parse_command_line
 from lorasc_ds.dry_run import memory_lines
+from lorasc_ds.duration import image_seconds
 from lorasc_ds.memory import GIB, Memory, activation_bytes, engines, gpu_bytes, memory_plan
 from lorasc_ds.objectives import summed_loss
 from lorasc_ds.preparation import Preparation, attach_adapters, prepare
 from lorasc_ds.quickstart.make_base import make_tokenizer
+from lorasc_ds.vision_tower import patches, tower_parameters
 
 SMALL = ["--task.train_examples=12", "--task.dev_examples=8", "--task.test_examples=10"]
 
@@ -217,6 +220,33 @@ def peak_bytes(preparation: Preparation) -> int:
 def test_the_activation_estimate_is_near_the_truth(dtype: str, checkpointing: str, method: str) -> None:
     settings = [f"--model.dtype={dtype}", f"--training.gradient_checkpointing={checkpointing}"]
     preparation = prepared(*SMALL, *settings, f"--adapter.method={method}")
+    assert activation_bytes(preparation) == pytest.approx(peak_bytes(preparation), rel=0.2)
+
+
+@pytest.mark.parametrize("checkpointing", ["false", "true"])
+@pytest.mark.parametrize("target", ["q_proj,v_proj", "language_model.*.q_proj"])
+def test_images_of_a_vision_language_model_are_counted(
+    target: str, checkpointing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """36 patches of an image, which leave more than the text does where the tower is adapted too."""
+    monkeypatch.setattr(image_text_model, "SIDE", 48)
+    processor = image_text_model.make_processor()
+    image_text_model.make_model(processor.tokenizer.get_vocab()).save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    rows = image_text_model.write_rows(tmp_path, "upright", range(24), "train")
+    preparation = prepared(
+        f"--model.name_or_path={tmp_path}", "--task.name=image_text", f"--task.train_file={rows}",
+        "--task.dev_examples=4", "--task.max_new_tokens=4", f"--adapter.target_modules={target}", f"--training.gradient_checkpointing={checkpointing}",
+    )  # fmt: skip
+    assert patches(preparation) == (36, 3 * 48 * 48)
+    model = models.load_model(preparation.config.model)
+    of_images = {
+        name: one.numel() for name, one in model.named_parameters() if "vision_tower" in name or "projector" in name
+    }
+    assert tower_parameters(model) == sum(of_images.values())
+    assert image_seconds(preparation, 10) == pytest.approx(
+        2 * 10 * 36 * tower_parameters(preparation.shape) / (0.4 * 67e12)
+    )
     assert activation_bytes(preparation) == pytest.approx(peak_bytes(preparation), rel=0.2)
 
 

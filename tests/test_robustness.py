@@ -144,6 +144,9 @@ def test_own_images_under_some_corruptions(tmp_path: Path) -> None:
     assert task.classes is not None
     assert task.classes.names == ("big cat", "dog")
     assert task.notes == ("corrupted_images: 3 to 4 images under a corruption at a severity",)
+    for unknown in ("[1]", "{", '{"complete": true}'):
+        (tmp_path / "manifest.json").write_text(unknown)
+        assert "manifest.json is not of launch/corrupt.py" in load("corrupted_images", tmp_path).notes[-1]
     assert task.combine is not None
     assert task.combine({"fog/1": 1.0, "fog/10": 0.0, "rain/1": 1.0})["accuracy"] == 0.75
 

@@ -162,5 +162,10 @@ class Task:
     combine: Callable[[Mapping[str, float]], dict[str, float]] | None = None
 
     @property
+    def counted(self) -> str:
+        """What the speed of a run is counted in."""
+        return "images" if self.kind == "classes" else "tokens"
+
+    @property
     def evaluation_splits(self) -> list[str]:
         return [split for split in self.splits if split != "train"]

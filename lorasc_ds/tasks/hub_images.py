@@ -63,9 +63,12 @@ def image_of(rows: Any, column: str, row: int, named: str) -> HubImage | FileIma
 
 
 def hub_images(
-    dataset: str, split: str, revision: str | None, image_column: str, label_column: str
+    dataset: str, split: str, revision: str | None, image_column: str | None, label_column: str
 ) -> tuple[LabelledImages, tuple[str, ...]]:
     """The images of a split, and the names of the classes, which are numbers where the data set has none.
+
+    Args:
+        image_column: None: the only column of images.
 
     Raises:
         DataError: the split cannot be had, or a column is missing or not of images or labels.
@@ -73,13 +76,16 @@ def hub_images(
     import datasets
 
     rows, named = hub_split(dataset, None, split, revision), f"{dataset}/{split}"
-    if not isinstance(rows.features.get(image_column), datasets.Image):
+    of_images = [column for column, feature in rows.features.items() if isinstance(feature, datasets.Image)]
+    chosen = of_images if image_column is None else [column for column in of_images if column == image_column]
+    if len(chosen) != 1:
         raise no_column(named, "image_column", image_column, "images", rows)
+    (column,) = chosen
     feature = rows.features.get(label_column)
     whole = isinstance(feature, datasets.ClassLabel) or str(getattr(feature, "dtype", "")).startswith(("int", "uint"))
     if not whole:
         raise no_column(named, "label_column", label_column, "classes (ClassLabel, or whole numbers)", rows)
-    rows = rows.cast_column(image_column, datasets.Image(decode=False))
+    rows = rows.cast_column(column, datasets.Image(decode=False))
     labels = np.array([-1 if label is None else label for label in rows[label_column]], dtype=np.int64)
     if not len(labels):
         raise DataError(f"{named} has no row: give a split with images")
@@ -91,11 +97,12 @@ def hub_images(
     names = feature.names if isinstance(feature, datasets.ClassLabel) else map(str, range(int(labels.max()) + 1))
     digest = hashlib.sha256(labels.astype("<i8").tobytes())
     for row in np.linspace(0, len(labels) - 1, min(DIGESTED, len(labels))).astype(int):
-        digest.update(hashlib.sha256(image_of(rows, image_column, int(row), named).read()).digest())
-    part = HubPart(rows, image_column, labels.astype(np.int32), named, digest.hexdigest())
+        digest.update(hashlib.sha256(image_of(rows, column, int(row), named).read()).digest())
+    part = HubPart(rows, column, labels.astype(np.int32), named, digest.hexdigest())
     return LabelledImages([part]), tuple(names)
 
 
-def no_column(named: str, key: str, column: str, of: str, rows: Any) -> DataError:
+def no_column(named: str, key: str, column: str | None, of: str, rows: Any) -> DataError:
+    has = f"not one column of {of}" if column is None else f"no column {column!r} of {of}"
     columns = ", ".join(rows.column_names)
-    return DataError(f"{named} has no column {column!r} of {of}; it has {columns}: set task.{key} to one of them")
+    return DataError(f"{named} has {has}; it has {columns}: set task.{key} to one of them")

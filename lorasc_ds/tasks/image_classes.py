@@ -54,7 +54,7 @@ def images(
     data_dir: str | None,
     dataset: str | None,
     revision: str | None,
-    image_column: str,
+    image_column: str | None,
     label_column: str,
     train_split: str,
     test_split: str,
@@ -113,7 +113,7 @@ def on_hub(
     revision: str | None,
     places: Mapping[str, str],
     splits: Collection[str],
-    image_column: str = "image",
+    image_column: str | None = "image",
     label_column: str = "label",
 ) -> Source:
     """

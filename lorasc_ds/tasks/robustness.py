@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import json
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,9 @@ from lorasc_ds.tasks.class_names import folder_names, imagenet_names, templates_
 from lorasc_ds.tasks.hub_images import hub_images
 from lorasc_ds.tasks.images import LabelledImages, class_folders, image_folder, joined
 from lorasc_ds.tasks.mce import ALEXNET, SEVERITIES, of_corruptions, of_imagenet_c
-from lorasc_ds.tasks.rows import hub_split
 
 DATA_DIR = "task.data_dir"
+MANIFEST = "manifest.json"  # that launch/corrupt.py writes beside the copies
 SUBSETS = {"imagenet_r": IMAGENET_R, "imagenet_a": IMAGENET_A}  # sets with classes of their own
 HUB = {  # webdataset copies: an image, and `cls`, the class's place among those of the set
     "imagenet_v2": "clip-benchmark/wds_imagenetv2",
@@ -113,16 +114,32 @@ def corrupted_images(
         names = folder_names(class_names, folders)
     sizes = {len(part.labels) for part in images.parts}
     uneven = f"corrupted_images: {min(sizes)} to {max(sizes)} images under a corruption at a severity"
+    notes = [*([uneven] if len(sizes) > 1 else []), *making_of(root)]
     return Task(
         name="corrupted_images",
         kind="classes",
         loss="classification",
         splits={"test": images},
         headline="accuracy",
-        notes=(uneven,) if len(sizes) > 1 else (),
+        notes=tuple(notes),
         classes=Classes(names, templates_of(templates), None, head, **rest),
         combine=of_corruptions,
     )
+
+
+def making_of(root: Path) -> Iterator[str]:
+    """What launch/corrupt.py wrote of the copies: that some are missing, and what keeps scores from being compared."""
+    if not (root / MANIFEST).is_file():
+        return
+    try:
+        found = json.loads((root / MANIFEST).read_bytes())
+        complete, differences = found["complete"], list(found["not_comparable"])
+    except (OSError, ValueError, KeyError, TypeError):
+        yield f"corrupted_images: {MANIFEST} is not of launch/corrupt.py: it is not known how the copies were made"
+        return
+    if not complete:
+        yield "corrupted_images: launch/corrupt.py did not finish, so that copies are missing; the same command goes on"
+    yield from (f"corrupted_images: not comparable with ImageNet-C: {line}" for line in differences)
 
 
 def of_release(name: str, folder: Path) -> LabelledImages:
@@ -201,11 +218,7 @@ def of_hub(name: str, dataset: str, revision: str | None) -> LabelledImages:
     Raises:
         DataError: it cannot be had, or has other columns or classes.
     """
-    import datasets
-
-    features = hub_split(dataset, None, "test", revision).features
-    columns = [column for column, feature in features.items() if isinstance(feature, datasets.Image)]
-    images, _ = hub_images(dataset, "test", revision, (*columns, "jpg")[0], "cls")
+    images, _ = hub_images(dataset, "test", revision, None, "cls")
     count = len(labels_of(name, ()))
     if int(images.labels.max()) >= count:
         raise DataError(

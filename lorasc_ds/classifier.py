@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
@@ -37,22 +39,28 @@ class Prompts:
     templates: int
 
 
-def prompts_of(classes: Classes, tokenizer: PreTrainedTokenizerBase, length: int) -> Prompts:
-    """Every class in every template, as the text tower reads them: padded to `length` where it has no mask.
+def prompts_of(classes: Classes, tokenizer: PreTrainedTokenizerBase, length: int, fill: bool = False) -> Prompts:
+    """Every class in every template, as the text tower reads them.
+
+    Args:
+        length: most tokens of a prompt: the tower's positions.
+        fill: pad all to `length` and mask nothing, for a tower that pools the last position; else to the longest.
 
     Raises:
-        ConfigError: a prompt is longer than the tower's positions.
+        ConfigError: a prompt is longer.
     """
     texts = [template.replace("{}", name) for name in classes.names for template in classes.templates]
-    masked = "attention_mask" in tokenizer.model_input_names
-    fill: dict[str, Any] = {"padding": True} if masked else {"padding": "max_length", "max_length": length}
-    encoded = tokenizer(texts, **fill)
-    ids = torch.tensor(encoded["input_ids"])
-    if ids.shape[1] > length:
-        longest = max(texts, key=len)
-        raise ConfigError(f"task.class_names: the prompt {longest!r} has more than the text tower's {length} tokens")
-    mask = torch.tensor(encoded["attention_mask"]) if masked else None
-    return Prompts(ids, mask, len(classes.templates))
+    padding: dict[str, Any] = {"padding": "max_length", "max_length": length} if fill else {"padding": "longest"}
+    encoded: Any = tokenizer(texts, **padding, return_attention_mask=True, verbose=False)
+    ids, masks = encoded["input_ids"], encoded["attention_mask"]
+    tokens = [sum(mask) for mask in masks]
+    most = max(tokens)
+    if most > length:
+        raise ConfigError(
+            f"task.class_names: the prompt {texts[tokens.index(most)]!r} has {most} tokens, more than the text tower's"
+            f" {length}: shorten the name, or task.templates"
+        )
+    return Prompts(torch.tensor(ids), None if fill else torch.tensor(masks), len(classes.templates))
 
 
 def head_of(classes: Classes, model: PreTrainedModel) -> Head:
@@ -109,7 +117,7 @@ class ImageClassifier(nn.Module):
 
     def turn_to(self, classes: Classes, prompts: Prompts | None) -> None:
         """From now on tell these classes apart; a head made of other texts is to be made anew, by `make_rows`."""
-        self.subset = None if classes.subset is None else torch.tensor(classes.subset)
+        self.chosen = None if classes.chosen is None else torch.tensor(classes.chosen)
         if self.prompts is None or prompts is None or not torch.equal(self.prompts.ids, prompts.ids):
             self.rows = self.bias = None
         self.prompts = prompts
@@ -138,7 +146,7 @@ class ImageClassifier(nn.Module):
         mean, std = (one.to(pixels.device)[:, None, None] for one in (self.mean, self.std))
         values = ((pixels.float() / 255 - mean) / std).to(self.model.dtype)
         logits = self.logits_of(values)
-        return logits if self.subset is None else logits[:, self.subset.to(logits.device)]
+        return logits if self.chosen is None else logits[:, self.chosen.to(logits.device)]
 
     def logits_of(self, values: Tensor) -> Tensor:
         """Of all classes, from normalised pixels."""
@@ -192,20 +200,27 @@ class SavedHead:
     """A trained head of prototypes, beside its model.
 
     Args:
-        parts: `weight`, float32 of (classes, features), with the scale in it, and `bias`, (classes,); in the order of
-            the task's classes.
+        parts: `weight`, float32 of (classes, features), with the scale in it, and `bias`, (classes,).
+        classes: what their rows stand for.
     """
 
     parts: Mapping[str, Tensor]
+    classes: tuple[str, ...]
 
     def save_pretrained(self, folder: Path) -> None:
         parts = {part: tensor.detach().cpu().contiguous() for part, tensor in self.parts.items()}
-        save_file(parts, folder / HEAD_FILE)
+        save_file(parts, folder / HEAD_FILE, {"classes": json.dumps(self.classes)})
 
 
 def read_head(folder: Path) -> dict[str, Tensor]:
     """The trained head beside a model, {} where there is none."""
     return load_file(folder / HEAD_FILE) if (folder / HEAD_FILE).is_file() else {}
+
+
+def classes_of_head(folder: Path) -> tuple[str, ...]:
+    """What the rows of the head beside a model stand for; () where it does not say."""
+    with safe_open(folder / HEAD_FILE, framework="pt") as file:
+        return tuple(json.loads((file.metadata() or {}).get("classes", "[]")))
 
 
 def scale_of(model: Any) -> float:

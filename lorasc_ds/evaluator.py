@@ -213,7 +213,7 @@ def read(config: TaskConfig, options: EvaluateOptions, subject: Subject, shape: 
         scored = replace(task.classes, train_head=False)
         if subject.head:
             check_head(subject, scored)
-        reading: Reading = image_reading(subject.model, task, scored, shape, options.seed, workers)
+        reading: Reading = image_reading(subject.model, task, scored, shape, options.seed, workers, subject.classes)
         return ReadTask(config, task, reading)
     encoder = Encoder(
         models.load_tokenizer(subject.model),

@@ -77,6 +77,7 @@ def write_merged(run: ExportedRun, options: ExportOptions, folder: Path) -> Fact
     """A plain Hugging Face model with its tokenizer."""
     ledger = run.ledger
     base = open_pretrained(run.model, {*ledger.weights, *ledger.noised})
+    models.name_classes(base.model, ledger.classes)
     replay = Replay(run, base.tensor)
     write_model(folder, base.model, base.layout, replay, options.max_shard_size)
     replay.finish()
@@ -91,7 +92,7 @@ def write_merged(run: ExportedRun, options: ExportOptions, folder: Path) -> Fact
 def save_head(run: ExportedRun, model: PreTrainedModel, folder: Path) -> None:
     """Write the head that the run trained on text prototypes, for which the model's own files have no place."""
     if run.head and models.has_text_tower(model.config):
-        SavedHead(run.head).save_pretrained(folder)
+        SavedHead(run.head, run.ledger.classes).save_pretrained(folder)
 
 
 def checked_digest(run: ExportedRun, folder: Path) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lorasc_ds import models
+from lorasc_ds.class_order import ClassOrder, class_order
 from lorasc_ds.classifier import Head, ImageClassifier, Prompts, head_of, prompts_of
 from lorasc_ds.config import Config, ModelConfig, TrainingConfig
 from lorasc_ds.errors import ConfigError
@@ -32,6 +33,7 @@ class ImageReading:
         processor: Hugging Face's image processor of the model, which is saved beside it.
         tokenizer: of its text tower; None where it has none.
         prompts: of all classes; None where the head is not made of text.
+        remark: how the classes were matched with the classifier's outputs; None: in their order.
     """
 
     task: Task
@@ -41,6 +43,7 @@ class ImageReading:
     processor: Any
     tokenizer: PreTrainedTokenizerBase | None
     prompts: Prompts | None
+    remark: str | None = None
 
     @property
     def splits(self) -> Mapping[str, Sequence[Example]]:
@@ -78,6 +81,11 @@ class ImageReading:
         """What belongs in the folder of a model."""
         return [self.processor] if self.tokenizer is None else [self.processor, self.tokenizer]
 
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """What the outputs of the classifier, or of trained prototypes, stand for; () where they follow the names."""
+        return self.classes.by_output if self.head == "classifier" or self.classes.train_head else ()
+
     def network(self, model: PreTrainedModel) -> ImageClassifier:
         """What an engine is given."""
         return ImageClassifier(model, self.classes, self.layout.how, self.prompts)
@@ -109,10 +117,13 @@ class ImageReading:
         yield from ()
 
     def losses(self) -> Iterator[str]:
-        yield from ()
+        """What is to be known of the scores."""
+        if self.remark is not None:
+            yield self.remark
 
     def notes(self) -> Iterator[str]:
         """What a user may not expect of the data."""
+        yield from self.losses()
         train = {example.images[0].name for example in self.splits["train"]}
         for split, examples in self.splits.items():
             known = sum(example.images[0].name in train for example in examples) if split != "train" else 0
@@ -160,9 +171,19 @@ def read_images(config: Config, task: Task, shape: PreTrainedModel) -> ImageRead
 
 
 def image_reading(
-    model: ModelConfig, task: Task, classes: Classes, shape: PreTrainedModel, seed: int, workers: int
+    model: ModelConfig,
+    task: Task,
+    classes: Classes,
+    shape: PreTrainedModel,
+    seed: int,
+    workers: int,
+    trained: tuple[str, ...] | None = None,
 ) -> ImageReading:
     """
+    Args:
+        trained: what the outputs of the head that a run trained stand for; None: there is no such head, and a
+            classifier's are named by the model.
+
     Raises:
         ConfigError: as for `read_images`.
     """
@@ -176,16 +197,30 @@ def image_reading(
     if head == "classifier" and outputs != len(classes.names):
         raise ConfigError(
             f"task.head is classifier, but model.name_or_path {model.name_or_path} tells {outputs} classes apart and"
-            f" the task has {len(classes.names)}: set task.train_head true, which makes and trains a new one"
+            f" the task has {len(classes.names)}: give a model of these classes, or train a new classifier"
+            " (launch/train.py, task.train_head true)"
         )
+    order = order_of(classes, head, shape, trained)
     processor = models.load_image_processor(model)
     layout = ImageLayout(
         preprocessing_of(processor.to_dict()), classes.crop_scale, classes.unreadable == "refuse", seed, workers
     )
     check_size(model, shape, layout.how.size)
     tokenizer = None if head == "classifier" else models.load_tokenizer(model)
-    prompts = None if tokenizer is None else prompts_of(classes, tokenizer, models.longest_sequence(shape) or 77)
-    return ImageReading(task, classes, head, layout, processor, tokenizer, prompts)
+    prompts = None
+    if tokenizer is not None:
+        length = models.longest_sequence(shape) or 77
+        prompts = prompts_of(classes, tokenizer, length, models.pools_last_position(shape.config))
+    classes = replace(classes, outputs=order.outputs)
+    return ImageReading(task, classes, head, layout, processor, tokenizer, prompts, order.remark)
+
+
+def order_of(classes: Classes, head: Head, shape: PreTrainedModel, trained: tuple[str, ...] | None) -> ClassOrder:
+    """Which outputs stand for the classes: a head made of their prompts has one for each, in their order."""
+    if head == "text" or (head == "prototypes" and trained is None):
+        return ClassOrder()
+    known = models.class_names(shape.config) if trained is None else trained
+    return ClassOrder() if classes.train_head and not known else class_order(classes.names, known)
 
 
 def check_size(model: ModelConfig, shape: PreTrainedModel, size: tuple[int, int]) -> None:

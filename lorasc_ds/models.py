@@ -80,6 +80,11 @@ def has_text_tower(architecture: PretrainedConfig) -> bool:
     return type(architecture) in MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING
 
 
+def pools_last_position(architecture: PretrainedConfig) -> bool:
+    """Whether the feature of a text is that of the last position, be it padding, as SigLIP learned it."""
+    return architecture.model_type in ("siglip", "siglip2")
+
+
 def kind_of(config: ModelConfig, architecture: PretrainedConfig) -> Kind:
     """What kind of model it is: as `model.kind` says, or the first that its configuration has."""
     if config.kind != "auto":
@@ -136,6 +141,20 @@ def load_architecture(config: ModelConfig) -> PretrainedConfig:
     return architecture
 
 
+def class_names(architecture: PretrainedConfig) -> tuple[str, ...]:
+    """What a model of images calls the outputs of its classifier; () where they have but numbers."""
+    named: Any = architecture.id2label or {}
+    names = tuple(str(named[at]) for at in sorted(named))
+    return () if names == tuple(f"LABEL_{at}" for at in range(len(names))) else names
+
+
+def name_classes(model: PreTrainedModel, names: Sequence[str]) -> None:
+    """Name the outputs of a classifier in what `save_pretrained` writes; one with a text tower has none."""
+    if names and not has_text_tower(model.config):
+        model.config.id2label = dict(enumerate(names))
+        model.config.label2id = {name: at for at, name in enumerate(names)}
+
+
 def auto_class(config: ModelConfig, architecture: PretrainedConfig) -> Any:
     """What makes such a model in transformers."""
     match kind_of(config, architecture):
@@ -185,7 +204,11 @@ def load_model(config: ModelConfig) -> PreTrainedModel:
             raise ConfigError(
                 f"model.name_or_path {config.name_or_path}: {len(absent)} weights of {type(model).__name__} are not in"
                 f" its files ({', '.join(absent[:3])}): they would be random; give a complete checkpoint"
-                + (" or, to train a new classifier, task.train_head true" if absent[0].startswith(CLASSIFIER) else "")
+                + (
+                    ", or train a new classifier (launch/train.py, task.train_head true)"
+                    if absent[0].startswith(CLASSIFIER)
+                    else ""
+                )
             )
     # ZeRO-3's loader keeps the renamings that no name of the files needed, too; reverted, they would make other names.
     if getattr(model, "_weight_conversions", None) is not None:

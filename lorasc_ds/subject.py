@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
 from accelerate import Accelerator
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lorasc_ds import models
 from lorasc_ds.adapters import other_matrices, with_adapter
-from lorasc_ds.classifier import read_head
+from lorasc_ds.classifier import HEAD_FILE, classes_of_head, read_head
 from lorasc_ds.config import ModelConfig
 from lorasc_ds.errors import ConfigError
 from lorasc_ds.evaluate_options import EvaluateOptions
@@ -35,6 +36,7 @@ class Subject:
         adapter: folder of a PEFT adapter that is put on it.
         run: whose ledger is replayed onto it.
         head: of an image model's text prototypes, as a run trained it: `weight` and `bias`; {} where none did.
+        classes: what the outputs of that head, or of the run's classifier, stand for; None: as the model says.
     """
 
     description: str
@@ -42,6 +44,7 @@ class Subject:
     adapter: Path | None = None
     run: ExportedRun | None = None
     head: Mapping[str, Tensor] = field(default_factory=dict)
+    classes: tuple[str, ...] | None = None
 
 
 def subject_of(options: EvaluateOptions) -> Subject:
@@ -64,8 +67,27 @@ def subject_of(options: EvaluateOptions) -> Subject:
         name_or_path=name, revision=options.revision, dtype=dtype, trust_remote_code=options.trust_remote_code
     )
     if is_adapter:
-        return Subject(f"adapter {folder} on {name}", model, adapter=folder)
-    return Subject(f"model {name}", model)
+        return with_head_of(folder, Subject(f"adapter {folder} on {name}", model, adapter=folder))
+    return with_head_of(folder, Subject(f"model {name}", model))
+
+
+def with_head_of(folder: Path, subject: Subject) -> Subject:
+    """With the head that was trained, where one lies in the folder.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
+    try:
+        head = read_head(folder)
+        if not head:
+            return subject
+        classes = classes_of_head(folder)
+        rows = len(head["weight"])
+        if head["bias"].shape != (rows,) or len(classes) not in (0, rows):
+            raise ValueError(f"{rows} rows, {len(head['bias'])} biases and {len(classes)} names of classes")
+    except (OSError, KeyError, ValueError, SafetensorError) as error:
+        raise ConfigError(f"{folder / HEAD_FILE} cannot be read: {error!r}; export the run again") from error
+    return replace(subject, description=f"{subject.description}, with its trained head", head=head, classes=classes)
 
 
 def base_of(adapter: Path) -> str:
@@ -91,12 +113,11 @@ def run_of(options: EvaluateOptions, folder: Path) -> Subject:
     shipped = folder / "model"
     if options.expert is None and run.summary is not None and (shipped / "config.json").is_file():
         model = run.model.model_copy(update={"name_or_path": str(shipped), "revision": None})
-        return Subject(
-            f"run {folder}, as it ships ({run.summary['shipped']['select']})", model, head=read_head(shipped)
-        )
+        return with_head_of(shipped, Subject(f"run {folder}, as it ships ({run.summary['shipped']['select']})", model))
     description = f"run {folder}, after expert {run.expert} of {len(run.ledger.experts)}"
     beside = run.head and models.has_text_tower(models.load_architecture(run.model))
-    return Subject(description, run.model, run=run, head=run.head if beside else {})
+    head = run.head if beside else {}
+    return Subject(description, run.model, run=run, head=head, classes=run.ledger.classes or None)
 
 
 def load(

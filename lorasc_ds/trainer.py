@@ -121,6 +121,7 @@ class Trainer:
             ledger = self.new_ledger(getattr(module.config, "_commit_hash", None), directory / "ledger", tuple(others))
         else:
             ledger = self.old_ledger(directory / "ledger", ledger_length)
+        models.name_classes(module, ledger.classes)
         self.cascade = Boundaries(
             self.live,
             ledger,
@@ -132,7 +133,7 @@ class Trainer:
 
     def new_ledger(self, commit: str | None, directory: Path, noised: tuple[str, ...]) -> Ledger:
         """An empty ledger, written by the main process; `commit` is the hub's, where the model came from there."""
-        preparation, config = self.preparation, self.preparation.config
+        preparation, config, reading = self.preparation, self.preparation.config, self.preparation.reading
         ledger = Ledger(
             directory=directory,
             strategy=config.cascade.strategy,
@@ -143,6 +144,7 @@ class Trainer:
             noise_intensity=preparation.asked("noise_intensity"),
             weights=tuple(one.name for one in self.weights),
             noised=noised,
+            classes=reading.outputs if isinstance(reading, ImageReading) else (),
         )
         if self.processes.main:
             ledger.save()
@@ -250,7 +252,7 @@ class Trainer:
         """What is saved with the model: tokenizer, processor, and a head that its files have no place for."""
         reading, head = self.preparation.reading, self.live.head()
         if isinstance(reading, ImageReading) and reading.head == "prototypes" and head:
-            return [*reading.saved, SavedHead(head)]
+            return [*reading.saved, SavedHead(head, reading.outputs)]
         return reading.saved
 
     def save(self, directory: Path, sha256: str) -> None:

@@ -78,6 +78,8 @@ class LedgerFiles:
     A name is the key under which `save_pretrained` writes the weight. `slow_retention` and `noise_intensity` are as
     asked for, `auto` too; the experts' are as used. `noised` are the names of matrices that are not adapted and had
     noise all the same, before the first expert (NoisyTune); their streams are counted on from the adapted ones'.
+    `classes` are the names of the classes that the outputs of a task's head stand for, in their order; of other
+    heads, and without one, there are none.
     """
 
     directory: Path
@@ -89,12 +91,13 @@ class LedgerFiles:
     noise_intensity: float | str
     weights: tuple[str, ...]
     noised: tuple[str, ...] = ()
+    classes: tuple[str, ...] = ()
     experts: list[ExpertRecord] = field(default_factory=list)
     snapshot: Snapshot | None = None
 
     def content(self) -> dict[str, Any]:
         """What `ledger.json` holds."""
-        absent = {"directory"} | {key for key in ("noised", "snapshot") if not getattr(self, key)}
+        absent = {"directory"} | {key for key in ("noised", "classes", "snapshot") if not getattr(self, key)}
         return {"format": FORMAT} | {key: value for key, value in asdict(self).items() if key not in absent}
 
     def save(self) -> None:
@@ -175,6 +178,7 @@ class LedgerFiles:
                 noise_intensity=content["noise_intensity"],
                 weights=tuple(content["weights"]),
                 noised=tuple(content.get("noised", ())),
+                classes=tuple(content.get("classes", ())),
                 experts=[ExpertRecord(**record | {"steps": tuple(record["steps"])}) for record in content["experts"]],
                 snapshot=Snapshot(**content["snapshot"]) if "snapshot" in content else None,
             )

@@ -92,7 +92,7 @@ class Classes:
     """What an image may show, and how the classifier is made (protocols section 6).
 
     Args:
-        names: of all classes, in the order of the classifier's outputs, as a text encoder reads them.
+        names: of all classes, in the order in which the task counts them, as a text encoder reads them.
         templates: of the prompts that a class's prototype is the mean of; `{}` is the name.
         subset: the classes that may be chosen on this task, by their index; `gold` counts in it. None: all.
         head: `prototypes` of a text tower that are kept, `text`: the same made anew at every forward pass, so that a
@@ -103,6 +103,7 @@ class Classes:
             the geometry of an evaluation.
         unreadable: what an image that cannot be decoded does: it is left out and counted (`skip`), or ends the run
             (`refuse`).
+        outputs: of every class, the output of the classifier that stands for it; None: the one at its own place.
     """
 
     names: tuple[str, ...]
@@ -112,6 +113,20 @@ class Classes:
     train_head: bool = False
     crop_scale: tuple[float, float] | None = None
     unreadable: Literal["skip", "refuse"] = "skip"
+    outputs: tuple[int, ...] | None = None
+
+    @property
+    def by_output(self) -> tuple[str, ...]:
+        """The names in the order of the classifier's outputs."""
+        named = dict(zip(self.outputs or range(len(self.names)), self.names, strict=True))
+        return tuple(named[output] for output in range(len(self.names)))
+
+    @property
+    def chosen(self) -> tuple[int, ...] | None:
+        """The outputs that are told apart, in the order in which `gold` counts; None: all, as they come."""
+        if self.outputs is None or self.subset is None:
+            return self.subset if self.outputs is None else self.outputs
+        return tuple(self.outputs[at] for at in self.subset)
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ from lorasc_ds.image_data import ImageBatch, ImageLayout, TrainingImages, evalua
 from lorasc_ds.images import preprocessing_of
 from lorasc_ds.order import Order
 from lorasc_ds.tasks.base import Classes, Example, Task
-from lorasc_ds.tasks.images import LabelledImages
+from lorasc_ds.tasks.images import LabelledImages, known_of
 
 MOST_WORKERS = 8
 
@@ -112,9 +112,8 @@ class ImageReading:
 
     def notes(self) -> Iterator[str]:
         """What a user may not expect of the data."""
-        train = {example.images[0].name for example in self.splits["train"]}
         for split, examples in self.splits.items():
-            known = sum(example.images[0].name in train for example in examples) if split != "train" else 0
+            known = known_of(examples, self.splits["train"]) if split != "train" else 0
             if known:
                 yield f"{known} of {len(examples)} images of {split} are training images too: its score is no test"
 

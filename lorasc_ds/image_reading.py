@@ -18,6 +18,7 @@ from lorasc_ds.image_data import ImageBatch, ImageLayout, TrainingImages, evalua
 from lorasc_ds.images import preprocessing_of
 from lorasc_ds.order import Order
 from lorasc_ds.tasks.base import Classes, Example, Task
+from lorasc_ds.tasks.class_names import check_words
 from lorasc_ds.tasks.images import LabelledImages, known_of
 
 MOST_WORKERS = 8
@@ -180,6 +181,8 @@ def image_reading(
     layout = ImageLayout(
         preprocessing_of(processor.to_dict()), classes.crop_scale, classes.unreadable == "refuse", seed, workers
     )
+    if head != "classifier":
+        check_words(classes.names)
     tokenizer = None if head == "classifier" else models.load_tokenizer(model)
     prompts = None if tokenizer is None else prompts_of(classes, tokenizer, models.longest_sequence(shape) or 77)
     return ImageReading(task, classes, head, layout, processor, tokenizer, prompts)

@@ -27,9 +27,12 @@ def duration_lines(preparation: Preparation) -> Iterator[str]:
     scored, answers = scored_tokens(preparation), generation_steps(preparation)
     evaluations = len(preparation.evaluation_steps) + 1  # before training too
     # A forward pass, and a backward pass of the same size: frozen weights have no gradients.
-    training = 2 * seconds(preparation, trained, preparation.plan.steps * preparation.accumulation)
+    passes = preparation.plan.steps * preparation.accumulation
+    training = 2 * (seconds(preparation, trained, passes) + passes * prompt_seconds(preparation))
     evaluation = evaluations * (
-        seconds(preparation, scored, evaluation_batches(preparation)) + decoding_seconds(preparation, answers)
+        seconds(preparation, scored, evaluation_batches(preparation))
+        + decoding_seconds(preparation, answers)
+        + prompt_seconds(preparation)
     )
     yield (
         f"time      about {readable(training + evaluation)} on one H100 at {REACHED:.0%} of its peak, an estimate:"
@@ -92,6 +95,16 @@ def seconds(preparation: Preparation, tokens: int, passes: int) -> float:
     rate = REACHED * OPERATIONS[preparation.config.model.dtype]
     parameters, layers = work_of(preparation)
     return max(2 * parameters * tokens / rate, passes * layers * LAYER_SECONDS)
+
+
+def prompt_seconds(preparation: Preparation) -> float:
+    """Of a forward pass of the text tower over the prompts of all classes, where a head is made of them anew."""
+    reading = preparation.reading
+    if not isinstance(reading, ImageReading) or reading.head != "text" or reading.prompts is None:
+        return 0.0
+    rate = REACHED * OPERATIONS[preparation.config.model.dtype]
+    text = (p for name, p in preparation.shape.named_parameters() if name.startswith("text_") and "embed" not in name)
+    return 2 * sum(p.numel() for p in text) * reading.prompts.ids.numel() / rate
 
 
 def decoding_seconds(preparation: Preparation, steps: int) -> float:

@@ -149,7 +149,7 @@ def divided(
     order in which they are drawn, so that the first ones are a sample.
 
     Args:
-        size: `task.dev_examples`.
+        size: `task.dev_examples`; 0: there is no `dev`.
     """
     chosen = dict(found)
     if "train" in found and not dev_lies_there:
@@ -161,10 +161,10 @@ def divided(
             )
         order = np.random.default_rng(seed).permutation(len(train))
         chosen["train"] = train.only(np.sort(order[held_out:]))
-        chosen["dev"] = train.only(order[:held_out])
+        chosen |= {"dev": train.only(order[:held_out])} if held_out else {}
     elif "dev" in found:
         chosen["dev"] = found["dev"].only(np.random.default_rng(seed).permutation(len(found["dev"])))
-    return {split: chosen[split] for split in ("train", "dev", "test") if split in splits}
+    return {split: chosen[split] for split in ("train", "dev", "test") if split in splits and split in chosen}
 
 
 def task(

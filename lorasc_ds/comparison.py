@@ -104,16 +104,17 @@ def network_of(model: PreTrainedModel, run: ExportedRun, preparation: Preparatio
 
 
 def measured(model: nn.Module, preparation: Preparation, device: torch.device) -> tuple[Tensor, float]:
-    """Logits of a few dev examples, float32 of (tokens, vocabulary), and the loss on all of them."""
-    dev, task = preparation.splits["dev"], preparation.task
+    """Logits of a few dev examples, float32 of (tokens, vocabulary), and the loss on all; without dev, of test."""
+    task = preparation.task
+    split = task.evaluation_splits[0]
     with evaluation_mode(model):
-        logits = probe_logits(model, preparation.reading.probe("dev", EXAMPLES, TOKENS).to(device))
+        logits = probe_logits(model, preparation.reading.probe(split, EXAMPLES, TOKENS).to(device))
     scores = evaluate(
         model,
         task,
-        {"dev": for_the_loss_alone(dev, task)},
+        {split: for_the_loss_alone(preparation.splits[split], task)},
         batch_size=preparation.config.training.eval_batch_size,
         layout=preparation.reading.layout,
         processes=Processes(0, 1, device),
     )
-    return logits.cpu(), scores["dev"]["loss"]
+    return logits.cpu(), scores[split]["loss"]

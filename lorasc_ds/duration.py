@@ -29,12 +29,13 @@ def duration_lines(preparation: Preparation) -> Iterator[str]:
     scored, answers = scored_tokens(preparation), generation_steps(preparation)
     evaluations = len(preparation.evaluation_steps) + 1  # before training too
     # A forward pass, and a backward pass of the same size: frozen weights have no gradients.
+    passes = preparation.plan.steps * preparation.accumulation
     training = 2 * (
-        seconds(preparation, trained, preparation.plan.steps * preparation.accumulation)
-        + image_seconds(preparation, rows)
+        seconds(preparation, trained, passes) + passes * prompt_seconds(preparation) + image_seconds(preparation, rows)
     )
     evaluation = evaluations * (
         seconds(preparation, scored, evaluation_batches(preparation))
+        + prompt_seconds(preparation)
         + decoding_seconds(preparation, answers)
         + image_seconds(preparation, scored_rows(preparation))
     )
@@ -121,6 +122,16 @@ def image_seconds(preparation: Preparation, rows: int) -> float:
     """Of a vision-language model's forward passes over the images of so many rows."""
     rate = REACHED * OPERATIONS[preparation.config.model.dtype]
     return 2 * tower_parameters(preparation.shape) * patches(preparation)[0] * rows / rate
+
+
+def prompt_seconds(preparation: Preparation) -> float:
+    """Of a forward pass of the text tower over the prompts of all classes, where a head is made of them anew."""
+    reading = preparation.reading
+    if not isinstance(reading, ImageReading) or reading.head != "text" or reading.prompts is None:
+        return 0.0
+    rate = REACHED * OPERATIONS[preparation.config.model.dtype]
+    text = (p for name, p in preparation.shape.named_parameters() if name.startswith("text_") and "embed" not in name)
+    return 2 * sum(p.numel() for p in text) * reading.prompts.ids.numel() / rate
 
 
 def decoding_seconds(preparation: Preparation, steps: int) -> float:

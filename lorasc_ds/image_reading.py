@@ -20,7 +20,8 @@ from lorasc_ds.image_data import ImageBatch, ImageLayout, TrainingImages, evalua
 from lorasc_ds.images import preprocessing_of
 from lorasc_ds.order import Order
 from lorasc_ds.tasks.base import Classes, Example, Task
-from lorasc_ds.tasks.images import LabelledImages
+from lorasc_ds.tasks.class_names import check_words
+from lorasc_ds.tasks.images import LabelledImages, known_of
 
 MOST_WORKERS = 8
 
@@ -124,9 +125,8 @@ class ImageReading:
     def notes(self) -> Iterator[str]:
         """What a user may not expect of the data."""
         yield from self.losses()
-        train = {example.images[0].name for example in self.splits["train"]}
         for split, examples in self.splits.items():
-            known = sum(example.images[0].name in train for example in examples) if split != "train" else 0
+            known = known_of(examples, self.splits["train"]) if split != "train" else 0
             if known:
                 yield f"{known} of {len(examples)} images of {split} are training images too: its score is no test"
 
@@ -206,6 +206,8 @@ def image_reading(
         preprocessing_of(processor.to_dict()), classes.crop_scale, classes.unreadable == "refuse", seed, workers
     )
     check_size(model, shape, layout.how.size)
+    if head != "classifier":
+        check_words(classes.names)
     tokenizer = None if head == "classifier" else models.load_tokenizer(model)
     prompts = None
     if tokenizer is not None:

@@ -47,9 +47,9 @@ class TrainedClasses(Classifying):
     )
     dev_examples: int | None = Field(
         default=None,
-        ge=1,
+        ge=0,
         description="Training images held out for selection, where there is no dev folder; null: 10,000, but at most a"
-        " tenth.",
+        " tenth; 0: none, so that nothing can be selected.",
     )
     sample_seed: int = Field(default=0, ge=0, lt=2**32, description="Draws the images that are held out.")
 

@@ -62,6 +62,10 @@ class Unreadable(Exception):
         return ": ".join(self.args)
 
 
+class UnknownRange(ValueError):
+    """A greyscale image that does not say how bright its numbers are."""
+
+
 @dataclass(frozen=True, slots=True)
 class Preprocessing:
     """What comes between an image file and the network.
@@ -250,9 +254,11 @@ def shorter_side(height: int, width: int, side: int) -> tuple[int, int]:
 def rgb_image(source: ImageSource) -> Image.Image:
     """The image as it is stored, not turned by its EXIF data; what is transparent is white.
 
+    Greyscale of more than 8 bits is scaled, see `eight_bits`; of 16-bit colours the higher 8 are taken.
+
     Raises:
-        Unreadable: the file cannot be read, is not an image in one of `FORMATS`, is damaged, or has more than
-            `MAX_PIXELS`.
+        Unreadable: the file cannot be read, is not an image in one of `FORMATS`, is damaged, has more than
+            `MAX_PIXELS`, or does not say which number is white.
     """
     try:
         content = source.read()
@@ -272,15 +278,36 @@ def rgb_image(source: ImageSource) -> Image.Image:
             raise Unreadable(source.name, f"not an image ({', '.join(FORMATS)})") from error
         except MemoryError:
             raise
+        except UnknownRange as error:
+            raise Unreadable(source.name, f"{error}") from error
         except Exception as error:  # of many decoders, and none of them says which it raises
             raise Unreadable(source.name, f"damaged ({' '.join(f'{error}'.split())})") from error
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "F" or image.mode.startswith("I"):
+        image = eight_bits(image)
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
+
+
+def eight_bits(image: Image.Image) -> Image.Image:
+    """Greyscale with 8 bits: 0 is black, and white is 65535 of whole numbers, 1 of floating-point ones; rounded.
+
+    Raises:
+        UnknownRange: whole numbers of 32 bits, or with a sign, or numbers that are not from 0 to 1.
+    """
+    values = np.asarray(image)
+    if image.mode == "I" and image.format != "PPM":  # whose numbers PIL has scaled to 16 bits
+        raise UnknownRange("greyscale of 32 bits or with a sign does not say which number is white; save it with 16")
+    white = 1 if image.mode == "F" else 65535
+    if not np.all((values >= 0) & (values <= white)):
+        raise UnknownRange(f"greyscale with numbers that are not from 0 to {white}; scale them")
+    grey = np.rint(values.astype(np.float64) * (255 / white)).astype(np.uint8)
+    grey[values == image.info.get("transparency")] = 255
+    return Image.fromarray(grey)
 
 
 def channels_first(image: Image.Image) -> NDArray[np.uint8]:

@@ -84,7 +84,7 @@ class Preparation:
 
     def cascade_numbers(self) -> Iterator[str]:
         """What a boundary does, in words."""
-        method, dev = self.method, len(self.splits["dev"])
+        method, dev = self.method, len(self.splits.get("dev", ()))
         for name, values in (("slow retention", method.slow_retention), ("noise intensity", method.noise_intensity)):
             yield f"{name} {' or '.join(f'{value:g}' for value in values)}"
         if method.noise == "once":
@@ -210,6 +210,8 @@ def prepare(config: Config, rank: int = 0, world_size: int = 1) -> Preparation:
         config.cascade, plan, decay=training.schedule, span=training.schedule_span, warmup_steps=training.warmup_steps
     )
     method = make_method(config.cascade)
+    if "dev" not in reading.splits:
+        check_nothing_selected(training, method)
     epoch_ends = frozenset([*range(data.steps_per_epoch, plan.steps, data.steps_per_epoch), plan.steps])
     return Preparation(
         config=config,
@@ -223,10 +225,29 @@ def prepare(config: Config, rank: int = 0, world_size: int = 1) -> Preparation:
         plan=plan,
         schedule=schedule,
         method=method,
-        auto_examples=auto_examples(config, plan, method, len(reading.splits["dev"])),
+        auto_examples=auto_examples(config, plan, method, len(reading.splits.get("dev", ()))),
         evaluation_steps=evaluation_steps(config, plan, epoch_ends),
         selection_steps=epoch_ends,
     )
+
+
+def check_nothing_selected(training: TrainingConfig, method: Method) -> None:
+    """
+    Raises:
+        ConfigError: a setting needs a dev split, which is not there.
+    """
+    asked = {
+        "training.select best_dev": training.select == "best_dev",
+        f"training.early_stopping_patience {training.early_stopping_patience}": (
+            training.early_stopping_patience is not None
+        ),
+        "cascade.slow_retention or noise_intensity auto": bool(method.candidates),
+    }
+    for key, is_asked in asked.items():
+        if is_asked:
+            raise ConfigError(
+                f"{key} needs the dev loss, but task.dev_examples is 0: hold some examples out, or leave it out"
+            )
 
 
 def check_all_train(reading: ImageReading, weights: Sequence[AdaptedWeight]) -> None:

@@ -25,7 +25,8 @@ class Patience:
         self.losses: dict[int, float] = {}
 
     def consider(self, step: int, scores: Scores) -> None:
-        self.losses[step] = scores["dev"]["loss"]
+        if "dev" in scores:
+            self.losses[step] = scores["dev"]["loss"]
 
     @property
     def best(self) -> int:

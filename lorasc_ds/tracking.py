@@ -300,14 +300,15 @@ class Tracker:
                 for metric, value in of_split.items()
             }
         )
+        lost = "dev" if "dev" in scores else list(scores)[-1]
         if not self.headed:
             self.headed = True
-            self.say(" | ".join((f"{self.headline:<15}", *(f"{split:>5}" for split in scores), "dev loss")))
+            self.say(" | ".join((f"{self.headline:<15}", *(f"{split:>5}" for split in scores), f"{lost} loss")))
         cells = (
             f"{shown(self.headline, of_split[self.headline]):>{max(5, len(split))}}"
             for split, of_split in scores.items()
         )
-        self.say(" | ".join((f"{when:<15}", *cells, f"{scores['dev']['loss']:8.3f}")))
+        self.say(" | ".join((f"{when:<15}", *cells, f"{scores[lost]['loss']:8.3f}")))
 
     def stopped_early(self, steps: int, reason: str) -> None:
         """The run ends before its `steps` optimizer steps."""

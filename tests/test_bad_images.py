@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from lorasc_ds import images
-from lorasc_ds.images import Unreadable, evaluation_pixels, preprocessing_of, training_pixels
+from lorasc_ds.images import Unreadable, evaluation_pixels, preprocessing_of, rgb_image, training_pixels
 from lorasc_ds.tasks.images import FileImage, StoredImage
 
 CLIP = preprocessing_of({"image_processor_type": "CLIPImageProcessor"})
@@ -113,3 +113,48 @@ def test_a_machine_without_memory_is_not_a_bad_image(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(images.Image, "open", open_image)
     with pytest.raises(MemoryError):
         evaluation_pixels(Lacking(), CLIP)
+
+
+STEPS = np.array([[0, 257, 300], [32896, 65278, 65535]])  # of 16 bits; their 8 are 0, 1, 1, 128, 254 and 255
+
+
+def graymap(values: np.ndarray, white: int) -> StoredImage:
+    height, width = values.shape
+    return StoredImage("photo", b"P5 %d %d %d\n" % (width, height, white) + values.astype(">u2").tobytes())
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        encoded(Image.fromarray(STEPS.astype(np.uint16)), "PNG"),
+        encoded(Image.fromarray(STEPS.astype(np.uint16)), "TIFF"),
+        encoded(Image.fromarray(STEPS.astype(">u2")), "TIFF"),
+        encoded(Image.fromarray((STEPS / 65535).astype(np.float32)), "TIFF"),
+        graymap(STEPS, 65535),
+    ],
+    ids=["PNG", "TIFF", "TIFF, big-endian", "TIFF, floats", "PGM"],
+)
+def test_deep_greyscale_keeps_its_steps(source: StoredImage) -> None:
+    """`Image.convert` makes all above 255 white, and all floats black."""
+    image = rgb_image(source)
+    assert image.mode == "RGB"
+    assert np.asarray(image)[..., 1].tolist() == [[0, 1, 1], [128, 254, 255]]
+    assert (np.asarray(image) == np.asarray(image)[..., :1]).all()
+
+
+def test_deep_greyscale_may_be_transparent() -> None:
+    source = encoded(Image.fromarray(STEPS.astype(np.uint16)), "PNG", transparency=257)
+    assert np.asarray(rgb_image(source))[..., 0].tolist() == [[0, 255, 1], [128, 254, 255]]
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        (STEPS.astype(np.int32), "greyscale of 32 bits or with a sign does not say which number is white; save it"),
+        ((STEPS / 257).astype(np.float32), "greyscale with numbers that are not from 0 to 1; scale them"),
+        (np.full((2, 2), np.nan, np.float32), "greyscale with numbers that are not from 0 to 1; scale them"),
+    ],
+)
+def test_greyscale_of_unknown_range_is_unreadable(values: np.ndarray, reason: str) -> None:
+    with pytest.raises(Unreadable, match=f"^photo: {reason}"):
+        rgb_image(encoded(Image.fromarray(values), "TIFF"))

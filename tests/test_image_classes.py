@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from lorasc_ds.errors import ConfigError, DataError
-from lorasc_ds.image_task_config import ImageNetConfig, ImagesConfig
+from lorasc_ds.image_task_config import CorruptedImagesConfig, ImageNetConfig, ImagesConfig
 from lorasc_ds.tasks import Task, load_task
 from lorasc_ds.tasks import class_names as class_names_module
-from lorasc_ds.tasks.class_names import installed_names
+from lorasc_ds.tasks.class_names import check_words, installed_names
 from lorasc_ds.tasks.images import LabelledImages
 from lorasc_ds.tasks.templates import OPENAI, SIMPLE
 
@@ -194,16 +194,78 @@ def install(root: Path, names: list[str], monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(class_names_module, "find_spec", importlib.util.find_spec)
 
 
+NAMES = [f"thing {number}" for number in range(1000)]  # what stands for ImageNet's
+
+
+def names_of(task: Task) -> tuple[str, ...]:
+    assert task.classes is not None
+    return task.classes.names
+
+
 def test_imagenets_names_are_of_the_extra(imagenet: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match=re.escape("task.class_names is null and the extra [vision] that brings them is not installed: set task.class_names FILE, or pip install -e '.[vision]'")):  # fmt: skip
         load(settings(imagenet, head="auto"))
-    install(tmp_path / "site", ["tench", "goldfish", "great white shark"], monkeypatch)
-    task = load(settings(imagenet, head="auto"))
-    assert task.classes is not None
-    assert task.classes.names == ("tench", "goldfish", "great white shark")
+    install(tmp_path / "site", NAMES, monkeypatch)
+    assert names_of(load(settings(imagenet, head="auto"))) == ("thing 0", "thing 1", "thing 2")
+    for split in ("train", "val"):
+        (imagenet / split / WNIDS[1]).rename(imagenet / split / "n15075141")  # the last of the thousand
+    assert names_of(load(settings(imagenet, head="auto"))) == ("thing 0", "thing 2", "thing 999")
     write(imagenet, "train", ("n09999999",), 1)
-    with pytest.raises(ConfigError, match="names 3 and there are 4 class folders"):
+    with pytest.raises(ConfigError, match=r"the classes \('n01440764', \.\.\.\) are called neither by WordNet id"):
         load(settings(imagenet, head="auto"))
+    assert names_of(load(settings(imagenet)))[1] == WNIDS[2]  # a mere classifier reads none
+
+
+def test_numbered_folders_are_classes_by_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sorted as strings, folder `10` would be class 2 and have its name."""
+    install(tmp_path / "site", NAMES, monkeypatch)
+    numbers = tuple(map(str, range(1000)))
+    write(tmp_path, "val", numbers, 1)
+    task = load(settings(tmp_path, head="auto"), "test")
+    assert names_of(task) == tuple(NAMES)
+    for example in task.splits["test"]:
+        assert example.gold == (int(Path(example.id).parent.name),)
+    write(tmp_path / "own", "train", ("2", "10"), 2)
+    write(tmp_path / "own", "test", ("2", "10"), 1)
+    task = load(own(data_dir=str(tmp_path / "own")))
+    assert names_of(task) == ("2", "10")
+    assert [(example.id, example.gold) for example in task.splits["test"]] == [("test/10/0.jpg", (1,)), ("test/2/0.jpg", (0,))]  # fmt: skip
+
+
+def test_wordnet_ids_are_no_words(imagenet: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts said `a bad photo of a n01440764.`."""
+    ids = names_of(load(own(data_dir=str(imagenet))))
+    assert ids == WNIDS
+    with pytest.raises(ConfigError, match=r"^task.class_names: 3 of 3 classes are called by WordNet id \(n01440764\)"):
+        check_words(ids)
+    check_words(("tench", "n2", "n014407645"))
+    install(tmp_path / "site", NAMES, monkeypatch)
+    write(imagenet, "copies/fog/1", WNIDS[1:], 1)
+    assert names_of(load(own(data_dir=str(imagenet)))) == ("thing 0", "thing 1", "thing 2")
+    copies = CorruptedImagesConfig(name="corrupted_images", data_dir=str(imagenet / "copies"))
+    assert names_of(load(copies, "test")) == ("thing 1", "thing 2")
+
+
+def test_a_list_of_classes_beside_the_folders_is_compared(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        write(tmp_path, split, ("crane", "night_cat", "dog", "emu"), 3)
+    file = tmp_path / "classnames.txt"
+    expected = {
+        "Crane\ndog\nemu\nnight cat\n": (),
+        "crane\nhound\nemu\nnight cat": (f"{file} has other names for 1 of 4 classes: line 2 is 'hound', but that class is 'dog' here",),
+        "Kranich\nHund\nEmu\nKatze": (f"{file} has other names for 3 of 4 classes: line 1 is 'kranich', but that class is 'crane' here",),
+    }  # fmt: skip
+    for lines, notes in expected.items():
+        file.write_text(lines)
+        assert load(own(data_dir=str(tmp_path))).notes == notes
+    file.write_text("emu\ncrane\nnight cat\ndog\n")
+    with pytest.raises(
+        DataError, match=r"txt has 4 of 4 classes in another order \(line 1 is 'emu', but that class is"
+    ):
+        load(own(data_dir=str(tmp_path)))
+    file.write_text("crane\ndog\n")
+    with pytest.raises(DataError, match=r"classnames.txt names 2 classes, but there are 4: give"):
+        load(own(data_dir=str(tmp_path)))
 
 
 def test_the_names_that_open_clip_has() -> None:

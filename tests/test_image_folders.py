@@ -13,9 +13,10 @@ import pytest
 from PIL import Image
 
 from lorasc_ds.errors import DataError
+from lorasc_ds.images import Unreadable, rgb_image
 from lorasc_ds.tasks.base import Example
 from lorasc_ds.tasks.hub_images import hub_images
-from lorasc_ds.tasks.images import FileImage, StoredImage, image_folder, joined
+from lorasc_ds.tasks.images import FileImage, StoredImage, image_folder, joined, known_of
 
 KEY = "task.data_dir"
 
@@ -169,6 +170,43 @@ def test_the_images_of_a_hub_split(hub: str) -> None:
     numbers, names = hub_images(hub, "train", None, None, "number")
     assert names == tuple("012345")
     assert numbers.sha256 != found.sha256 == hub_images(hub, "train", None, "image", "label")[0].sha256
+
+
+def test_a_row_without_an_image_is_unreadable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty cell, one without content, a file that is gone, and more bytes than are read: in workers too."""
+    import datasets
+
+    absent = str(tmp_path / "absent.png")
+    cells = [None, {"bytes": None, "path": None}, {"bytes": None, "path": absent}, {"bytes": png(1), "path": None}]
+    cells.append({"bytes": png(2) + bytes(100), "path": None})
+    columns = {"image": cells, "label": [0, 1, 0, 1, 0]}
+    struct = {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}
+    features = datasets.Features({"image": struct, "label": datasets.ClassLabel(names=["a", "b"])})
+    rows = datasets.Dataset.from_dict(columns, features=features).cast_column("image", datasets.Image())
+    monkeypatch.setattr("datasets.load_dataset", lambda *args, **options: rows)
+    monkeypatch.setattr("lorasc_ds.tasks.hub_images.MAX_BYTES", len(png(2)) + 50)
+    found, _ = hub_images("me/pets", "train", None, "image", "label")
+    reasons = ["the row has no image", "the row has no image", "No such file or directory", None, "File too large"]
+    for number, reason in enumerate(reasons, start=1):
+        (image,) = found[number - 1].images
+        for source in (image, pickle.loads(pickle.dumps(image))):
+            if reason is None:
+                assert source.read() == png(1)
+            else:
+                with pytest.raises(Unreadable, match=f"^me/pets/train:{number}: {reason}$"):
+                    rgb_image(source)
+
+
+def test_images_that_two_splits_share(folder: Path, hub: str) -> None:
+    """By origin and place, as by names; one by one it would take seconds and 200 MB for ImageNet."""
+    train, again = image_folder(folder, KEY, named="train"), image_folder(folder, KEY, named="train")
+    other = image_folder(folder, KEY, named="val")
+    one, two = (hub_images(hub, "train", None, "image", "label")[0] for _ in range(2))
+    both = joined([train.only([1]), one])
+    for images, others in [(train, again), (train.only([3, 0]), again.only([0, 1])), (other, train), (one, train), (one.only([1, 2]), two.only([2])), (both, two), (joined([two, train]), both), (train, joined([again.only([0]), again.only([2])]))]:  # fmt: skip
+        names = {example.id for example in others}
+        expected = sum(example.id in names for example in images)
+        assert known_of(images, others) == expected == known_of(list(images), others)
 
 
 @pytest.mark.parametrize(

@@ -130,7 +130,6 @@ def sideways(image: Image.Image) -> StoredImage:
         lambda image: stored(image.convert("CMYK"), "JPEG"),
         lambda image: stored(image.convert("L")),
         lambda image: stored(image.convert("1")),
-        lambda image: stored(Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257)),
         lambda image: stored(image.quantize(16)),
         palette_with_hole,
         transparent("RGBA"),

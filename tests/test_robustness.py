@@ -239,6 +239,31 @@ def test_a_webdataset_copy(archive: Path, form: str) -> None:
     assert task.classes.subset == IMAGENET_A
 
 
+def test_the_order_of_a_copy_is_confirmed(archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    packed(archive, "png", [0, 199])
+    names, told = tmp_path / "names.txt", tmp_path / "classnames.txt"
+    names.write_text("".join(f"thing {number}\n" for number in range(1000)))
+    task = load("imagenet_a", None, class_names=str(names))
+    assert task.notes[-1] == (
+        "clip-benchmark/wds_imagenet-a: no classnames.txt to be had, so that the order of its classes is taken on trust"
+    )
+    asked = []
+
+    def download(dataset: str, file: str, *, repo_type: str, revision: str | None) -> str:
+        asked.append((dataset, file, repo_type, revision))
+        return str(told)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    ordered = [f"thing {index}\n" for index in IMAGENET_A]
+    told.write_text("".join(ordered))
+    assert load("imagenet_a", None, class_names=str(names)).notes == task.notes[:-1]
+    assert asked == [("clip-benchmark/wds_imagenet-a", "classnames.txt", "dataset", None)]
+    told.write_text("".join(sorted(ordered)))
+    with pytest.raises(DataError, match=r"of 200 classes in another order \(line 1 is 'thing 105', but that class is"):
+        load("imagenet_a", None, class_names=str(names))
+    assert load("imagenet_a", None).notes[-1] == f"{told} was not compared: the classes have no names here"
+
+
 def test_a_copy_with_other_classes(archive: Path) -> None:
     packed(archive, "webp", [0, 281])
     with pytest.raises(DataError, match="wds_imagenet-r/test has class 281, but imagenet_r has 200 classes"):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lorasc_ds.errors import DataError
-from lorasc_ds.tasks.images import FileImage, LabelledImages, StoredImage
+from lorasc_ds.tasks.base import ImageSource
+from lorasc_ds.tasks.images import MAX_BYTES, AbsentImage, FileImage, LabelledImages, StoredImage
 from lorasc_ds.tasks.rows import hub_split
 
 DIGESTED = 16  # images of a split that its digest looks at: reading all of ImageNet takes an hour
@@ -18,7 +21,7 @@ DIGESTED = 16  # images of a split that its digest looks at: reading all of Imag
 
 @dataclass(frozen=True, slots=True)
 class HubImage:
-    """An encoded image in a column; another process is sent its bytes, not the data set.
+    """An encoded image in a column, see `image_of`; another process is sent its bytes, not the data set.
 
     Args:
         rows: a `datasets.Dataset`.
@@ -51,15 +54,28 @@ class HubPart:
     sha256: str
     group: str = ""
 
-    def image(self, row: int) -> HubImage | FileImage:
+    def image(self, row: int) -> HubImage | FileImage | AbsentImage:
         return image_of(self.rows, self.column, row, self.named)
 
 
-def image_of(rows: Any, column: str, row: int, named: str) -> HubImage | FileImage:
+def image_of(rows: Any, column: str, row: int, named: str) -> HubImage | FileImage | AbsentImage:
+    """The image of a row: its bytes, or the file whose path it has; what is larger than `MAX_BYTES` is not read."""
     name, cell = f"{named}:{row + 1}", rows.data.column(column)[row]
-    if cell.is_valid and not cell["bytes"].is_valid and cell["path"].is_valid:
+    if not cell.is_valid or not (cell["bytes"].is_valid or cell["path"].is_valid):
+        return AbsentImage(name, "the row has no image")
+    if not cell["bytes"].is_valid:
         return FileImage(name, cell["path"].as_py())
+    if cell["bytes"].as_buffer().size > MAX_BYTES:
+        return AbsentImage(name, os.strerror(errno.EFBIG))
     return HubImage(name, rows, column, row)
+
+
+def content_of(image: ImageSource) -> bytes:
+    """Nothing where it cannot be had, which those who decode it report."""
+    try:
+        return image.read()
+    except OSError:
+        return b""
 
 
 def hub_images(
@@ -86,7 +102,7 @@ def hub_images(
     if not whole:
         raise no_column(named, "label_column", label_column, "classes (ClassLabel, or whole numbers)", rows)
     rows = rows.cast_column(column, datasets.Image(decode=False))
-    labels = np.array([-1 if label is None else label for label in rows[label_column]], dtype=np.int64)
+    labels = np.array([-1 if label is None else label for label in rows[label_column][:]], dtype=np.int64)
     if not len(labels):
         raise DataError(f"{named} has no row: give a split with images")
     if labels.min() < 0:
@@ -97,7 +113,7 @@ def hub_images(
     names = feature.names if isinstance(feature, datasets.ClassLabel) else map(str, range(int(labels.max()) + 1))
     digest = hashlib.sha256(labels.astype("<i8").tobytes())
     for row in np.linspace(0, len(labels) - 1, min(DIGESTED, len(labels))).astype(int):
-        digest.update(hashlib.sha256(image_of(rows, column, int(row), named).read()).digest())
+        digest.update(hashlib.sha256(content_of(image_of(rows, column, int(row), named))).digest())
     part = HubPart(rows, column, labels.astype(np.int32), named, digest.hexdigest())
     return LabelledImages([part]), tuple(names)
 

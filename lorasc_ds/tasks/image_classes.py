@@ -10,7 +10,9 @@ import numpy as np
 
 from lorasc_ds.errors import ConfigError, DataError
 from lorasc_ds.tasks.base import Classes, Task
-from lorasc_ds.tasks.class_names import folder_names, imagenet_names, templates_of
+from lorasc_ds.tasks.class_masks import WORDNET_IDS
+from lorasc_ds.tasks.class_names import folder_names, imagenet_indices, imagenet_names, in_order, templates_of
+from lorasc_ds.tasks.copy_order import order_in
 from lorasc_ds.tasks.hub_images import hub_images
 from lorasc_ds.tasks.images import LabelledImages, class_folders, image_folder
 
@@ -40,12 +42,14 @@ def imagenet(
     if data_dir is not None:
         places = {"train": "train", "test": "val"}
         found, folders = in_folders(Path(data_dir), places, splits)
+        indices = imagenet_indices(folders)
     else:
         places = {"train": "train", "test": "validation"}
         found, folders = on_hub(IMAGENET, revision, places, splits)
-    names = imagenet_names(class_names, settings["head"], folders)
+        indices = range(len(folders)) if len(folders) == len(WORDNET_IDS) else None
+    names = imagenet_names(class_names, settings["head"], folders, indices)
     chosen = divided(found, "dev" in places, splits, dev_examples, sample_seed)
-    return task("imagenet", chosen, names, **settings)
+    return task("imagenet", chosen, names, data_dir, **settings)
 
 
 def images(
@@ -83,7 +87,7 @@ def images(
         found, folders = on_hub(dataset, revision, places, splits, image_column, label_column)
     names = folder_names(class_names, folders)
     chosen = divided(found, "dev" in places, splits, dev_examples, sample_seed)
-    return task("images", chosen, names, **settings)
+    return task("images", chosen, names, data_dir, **settings)
 
 
 def needed(places: Mapping[str, str], splits: Collection[str]) -> list[str]:
@@ -100,7 +104,7 @@ def in_folders(root: Path, places: Mapping[str, str], splits: Collection[str]) -
     wanted = needed(places, splits)
     first = root / places["train"]
     named = first if first.is_dir() or "train" in wanted else root / places[wanted[0]]
-    folders = class_folders(named, DATA_DIR)
+    folders = in_order(class_folders(named, DATA_DIR))
     labels = {folder: at for at, folder in enumerate(folders)}
     found = {}
     for split in wanted:
@@ -145,7 +149,7 @@ def divided(
     order in which they are drawn, so that the first ones are a sample.
 
     Args:
-        size: `task.dev_examples`.
+        size: `task.dev_examples`; 0: there is no `dev`.
     """
     chosen = dict(found)
     if "train" in found and not dev_lies_there:
@@ -157,16 +161,17 @@ def divided(
             )
         order = np.random.default_rng(seed).permutation(len(train))
         chosen["train"] = train.only(np.sort(order[held_out:]))
-        chosen["dev"] = train.only(order[:held_out])
+        chosen |= {"dev": train.only(order[:held_out])} if held_out else {}
     elif "dev" in found:
         chosen["dev"] = found["dev"].only(np.random.default_rng(seed).permutation(len(found["dev"])))
-    return {split: chosen[split] for split in ("train", "dev", "test") if split in splits}
+    return {split: chosen[split] for split in ("train", "dev", "test") if split in splits and split in chosen}
 
 
 def task(
     name: str,
     splits: Mapping[str, LabelledImages],
     names: tuple[str, ...],
+    data_dir: str | None,
     *,
     templates: str | tuple[str, ...],
     **rest: Any,
@@ -177,5 +182,6 @@ def task(
         loss="classification",
         splits=splits,
         headline="accuracy",
+        notes=() if data_dir is None else order_in(Path(data_dir), names),
         classes=Classes(names, templates_of(templates), **rest),
     )

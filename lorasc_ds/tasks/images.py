@@ -53,8 +53,28 @@ class StoredImage:
         return self.content
 
 
+@dataclass(frozen=True, slots=True)
+class AbsentImage:
+    """A place in a data set where there should be an image.
+
+    Args:
+        why: it cannot be had.
+    """
+
+    name: str
+    why: str
+
+    def read(self) -> bytes:
+        raise OSError(self.why)
+
+
 class Part(Protocol):
     """Images of one origin."""
+
+    @property
+    def named(self) -> str:
+        """What the names of its images begin with."""
+        ...
 
     @property
     def labels(self) -> NDArray[np.int32]:
@@ -138,6 +158,20 @@ class LabelledImages(Sequence[Example]):
     def groups(self) -> list[str]:
         """Of every image."""
         return [self.parts[int(number)].group for number in self.of_part]
+
+    def in_both(self, other: LabelledImages) -> int:
+        """How many of these are of the same origin and place as one of the other's; no name is made."""
+        total = 0
+        for number, part in enumerate(self.parts):
+            same = [at for at, its in enumerate(other.parts) if (its.named, its.sha256) == (part.named, part.sha256)]
+            if same:
+                theirs = np.concatenate([other.rows(at) for at in same])
+                total += int(np.isin(self.rows(number), theirs).sum())
+        return total
+
+    def rows(self, number: int) -> NDArray[np.int64]:
+        """Places in a part of those that are chosen of it."""
+        return self.chosen[self.of_part == number] - self.starts[number]
 
     @property
     def sha256(self) -> str:
@@ -257,6 +291,14 @@ def entries_of(root: Path, folder: str, key: str, resolved: Path) -> Iterator[os
 def labels_of(examples: Sequence[Example]) -> list[int]:
     """The class of every image, without making examples where that can be helped."""
     return examples.labels.tolist() if isinstance(examples, LabelledImages) else [one.gold[0] for one in examples]
+
+
+def known_of(examples: Sequence[Example], others: Sequence[Example]) -> int:
+    """How many of the images are among the others too."""
+    if isinstance(examples, LabelledImages) and isinstance(others, LabelledImages):
+        return examples.in_both(others)
+    names = {example.images[0].name for example in others}
+    return sum(example.images[0].name in names for example in examples)
 
 
 def groups_of(examples: Sequence[Example]) -> list[str]:

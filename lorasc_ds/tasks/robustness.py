@@ -10,7 +10,8 @@ from typing import Any
 from lorasc_ds.errors import ConfigError, DataError
 from lorasc_ds.tasks.base import Classes, Task
 from lorasc_ds.tasks.class_masks import IMAGENET_A, IMAGENET_R, WORDNET_IDS
-from lorasc_ds.tasks.class_names import folder_names, imagenet_names, templates_of
+from lorasc_ds.tasks.class_names import folder_names, imagenet_names, in_order, templates_of
+from lorasc_ds.tasks.copy_order import order_in, order_on_hub
 from lorasc_ds.tasks.hub_images import hub_images
 from lorasc_ds.tasks.images import LabelledImages, class_folders, image_folder, joined
 from lorasc_ds.tasks.mce import ALEXNET, SEVERITIES, of_corruptions, of_imagenet_c
@@ -71,7 +72,12 @@ def robustness(
         notes.append(f"{name}: only its {len(subset)} classes can be chosen")
     if len(images) != SIZES[name]:
         notes.append(f"{name}: {len(images)} images, but its release has {SIZES[name]}; not comparable")
-    names = imagenet_names(class_names, head, WORDNET_IDS)
+    names = imagenet_names(class_names, head, WORDNET_IDS, range(len(WORDNET_IDS)))
+    labelled = names if subset is None else [names[index] for index in subset]
+    if data_dir is None:
+        notes += order_on_hub(HUB[name], revision, labelled)
+    else:
+        notes += order_in(Path(data_dir), labelled)
     return Task(
         name=name,
         kind="classes",
@@ -106,12 +112,9 @@ def corrupted_images(
                     " give a folder of folders corruption/severity/class"
                 )
             parts[f"{corruption}/{severity}"] = root / corruption / severity
-    folders = sorted({folder for path in parts.values() for folder in class_folders(path, DATA_DIR)})
+    folders = in_order({folder for path in parts.values() for folder in class_folders(path, DATA_DIR)})
     images = under_corruptions(parts, {folder: at for at, folder in enumerate(folders)})
-    if tuple(folders) == WORDNET_IDS:
-        names = imagenet_names(class_names, head, WORDNET_IDS)
-    else:
-        names = folder_names(class_names, folders)
+    names = folder_names(class_names, folders)
     sizes = {len(part.labels) for part in images.parts}
     uneven = f"corrupted_images: {min(sizes)} to {max(sizes)} images under a corruption at a severity"
     notes = [*([uneven] if len(sizes) > 1 else []), *making_of(root)]

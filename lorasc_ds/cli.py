@@ -39,6 +39,7 @@ class Invocation:
     Args:
         resume: `auto`, `must`, `never`, or the folder of a checkpoint.
         resume_override: settings that may differ from those the run began with.
+        profile: whether to trace a few steps and a boundary.
         gpus, gpu_memory: how many the plan of a dry run is for, and the GiB of each; None: those that are here.
     """
 
@@ -51,6 +52,7 @@ class Invocation:
     deepspeed: Path | None = None
     gpus: int | None = None
     gpu_memory: float | None = None
+    profile: bool = False
 
 
 class Parser(argparse.ArgumentParser):
@@ -86,6 +88,12 @@ def make_parser(default_recipe: Path) -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--gpu_memory", type=float, metavar="GIB", help="with --dry_run: of each GPU (default: the one here, or 80)"
+    )
+    parser.add_argument(
+        "--profile",
+        action="store_true",
+        help="write a trace of a few steps and of one boundary to output_dir/profile/, for Perfetto or TensorBoard;"
+        " what is scored between them is in it",
     )
     parser.add_argument("--print_config", action="store_true", help="print every field with its meaning, and stop")
     parser.add_argument("--deepspeed", type=Path, metavar="JSON", help="DeepSpeed settings, as in ds_configs/")
@@ -150,6 +158,7 @@ def parse_command_line(arguments: Sequence[str], default_recipe: Path) -> Invoca
         deepspeed=options.deepspeed,
         gpus=options.gpus,
         gpu_memory=options.gpu_memory,
+        profile=options.profile,
     )
 
 

@@ -9,6 +9,7 @@ import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,11 @@ from lorasc_ds.cli import Invocation
 from lorasc_ds.config import Config
 from lorasc_ds.dry_run import report
 from lorasc_ds.errors import CheckpointError, PreemptedError
-from lorasc_ds.loop import train
+from lorasc_ds.in_flight import InFlight
+from lorasc_ds.loop import count, train
 from lorasc_ds.memory import gpu_bytes
 from lorasc_ds.preparation import Preparation, attach_adapters, prepare
+from lorasc_ds.profiling import Profile
 from lorasc_ds.progress import Progress
 from lorasc_ds.recipes import to_yaml
 from lorasc_ds.safe_points import SafePoints, restore
@@ -213,9 +216,10 @@ def carry_out(
             run_directory.begin(directory, config)
         tracker.goes_on(checkpoint.path, run_directory.environment())
     checkpoints = Checkpoints(directory / "checkpoints", config.training.checkpoints_kept)
-    safe_points = SafePoints(trainer, tracker, checkpoints)
-    with closing(trainer.batches):
-        summary = train(trainer, tracker, safe_points, progress, directory)
+    safe_points = SafePoints(trainer, tracker, checkpoints, InFlight(partial(count, tracker, config.training)))
+    trace = directory / "profile" / "rank_0.pt.trace.json" if invocation.profile and trainer.processes.main else None
+    with closing(trainer.batches), Profile(trace, tracker.say) as profile:
+        summary = train(trainer, tracker, safe_points, progress, directory, profile)
     if trainer.processes.main:
         run_directory.write_json(directory / "summary.json", summary)
     tracker.status("done", "finished", exit_code=0)

@@ -30,7 +30,6 @@ class StepInFlight:
     def __init__(
         self,
         numbers: Tensor,
-        *,
         learning_rate: float,
         began: float,
         examples: tuple[str, ...],

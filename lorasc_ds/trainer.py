@@ -252,14 +252,8 @@ class Trainer:
         self.processes.sum(totals)
         with span("update"):
             norm = self.engine.update(learning_rate, training.max_grad_norm)
-        return StepInFlight(
-            torch.cat([totals, norm.to(totals).reshape(1)]),
-            learning_rate=learning_rate,
-            began=began,
-            examples=batch.ids,
-            unreadable=unreadable,
-            processes=self.processes,
-        )
+        numbers = torch.cat([totals, norm.to(totals).reshape(1)])
+        return StepInFlight(numbers, learning_rate, began, batch.ids, unreadable, self.processes)
 
     def beside(self) -> list[Any]:
         """What is saved with the model: tokenizer, processor, and a head that its files have no place for."""

@@ -81,7 +81,7 @@ def test_steps_are_recorded_in_order_and_one_behind() -> None:
     processes = Processes(0, 1, torch.device("cpu"))
     for number in range(4):
         numbers = torch.tensor([number, 1, number == 2, 0, 1], dtype=torch.float64)
-        steps.add(StepInFlight(numbers, learning_rate=0.1, began=0.0, examples=(), unreadable=[], processes=processes))
+        steps.add(StepInFlight(numbers, 0.1, 0.0, (), [], processes))
         assert recorded == list(range(number + 1 - BEHIND))
     assert steps.asked_to_stop
     steps.settle()

@@ -2,7 +2,7 @@
 
 import sys
 
-from lorasc_ds.compaction import main
+from lorasc_ds.ledger_commands import compact
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(compact(sys.argv[1:]))

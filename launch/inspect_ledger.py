@@ -2,7 +2,7 @@
 
 import sys
 
-from lorasc_ds.inspection import main
+from lorasc_ds.ledger_commands import inspect
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(inspect(sys.argv[1:]))

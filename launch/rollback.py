@@ -2,7 +2,7 @@
 
 import sys
 
-from lorasc_ds.rollback import main
+from lorasc_ds.ledger_commands import roll_back
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(roll_back(sys.argv[1:]))

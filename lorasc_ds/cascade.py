@@ -18,6 +18,7 @@ from lorasc_ds.algorithm.plan import Expert
 from lorasc_ds.errors import DivergedError
 from lorasc_ds.live_weights import LiveWeights
 from lorasc_ds.method import Method
+from lorasc_ds.profiling import span
 from lorasc_ds.reports import Closing, Opening
 
 # A bfloat16 logit of 20 has a spacing of 0.125, a twentieth of a usual standard deviation: sound merges of a pretrained
@@ -73,6 +74,7 @@ class Boundaries:
         self.noise_intensity = 0.0
         self.noise_scale: dict[str, float] = {}
 
+    @span("open expert")
     def open_expert(self, expert: Expert) -> Opening:
         """W <- W + N (eqs. 7, 8) where the method has noise, a fresh pair, an empty or pruned optimizer.
 
@@ -185,6 +187,7 @@ class Boundaries:
         self.refuse(expert, [] if empty else ["the optimizer's state is not empty"])
         return None
 
+    @span("close expert")
     def close_expert(self, expert: Expert) -> Closing:
         """slow <- α·slow + (1-α)·fast (eqs. 10, 11), W <- W + D(slow) (eq. 12), B <- 0, and the ledger.
 

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 from lorasc_ds import run_directory
 from lorasc_ds.algorithm.ledger import Ledger, LedgerError
 from lorasc_ds.checkpoint import Checkpoints, problem_of, read
 from lorasc_ds.config import ModelConfig
-from lorasc_ds.errors import CheckpointError, ConfigError, RunError
+from lorasc_ds.errors import CheckpointError
 from lorasc_ds.models import pretrained_tensors
 
 GIB = 1 << 30
@@ -30,8 +27,6 @@ def compact(directory: Path, above: float) -> str:
         CheckpointError: the ledger is damaged, or the pretrained model is not the one that the run began with.
         ConfigError: there is no run, or one that is going on.
     """
-    if not (directory / "ledger" / "ledger.json").is_file():
-        raise ConfigError(f"{directory} holds no run: give the directory that launch/train.py had as --output_dir")
     with run_directory.locked(directory):
         try:
             ledger = Ledger.load(directory / "ledger")
@@ -65,19 +60,3 @@ def needed(directory: Path) -> list[int]:
             if state["selection"]:
                 found.append(state["selection"]["expert"] - (not state["selection"]["closed"]))
     return found
-
-
-def main(arguments: Sequence[str]) -> int:
-    """The command line. Returns 0, or the exit code of an error, which is one line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("run", type=Path, help="run directory of launch/train.py")
-    parser.add_argument(
-        "--above", type=float, default=16.0, metavar="GIB", help="compact only more than this (default: 16)"
-    )
-    options = parser.parse_args(arguments)
-    try:
-        print(compact(options.run, options.above))
-    except RunError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0

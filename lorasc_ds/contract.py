@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
-from lorasc_ds.cli import fields_of, task_fields
 from lorasc_ds.errors import ConfigError
+from lorasc_ds.fields import fields_of, task_fields
 
 FREE = {
     "cascade.accumulator",

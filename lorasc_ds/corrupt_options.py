@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lorasc_ds.cli import Parser, did_you_mean
+from lorasc_ds.cli import Parser
 from lorasc_ds.cli import parse as parse_flags
 from lorasc_ds.corruption_parameters import NAMES, SEVERITIES, Parameters
 from lorasc_ds.errors import ConfigError
+from lorasc_ds.fields import did_you_mean
 
 IMAGENET_SIZE = 224
 

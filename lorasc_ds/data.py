@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lorasc_ds.encoded import EncodedExample, ScoredTokens, Visuals
 from lorasc_ds.order import Order
+from lorasc_ds.prefetching import on_its_way
 from lorasc_ds.streaming import taken
 from lorasc_ds.visuals import Pixels, image_inputs
 
@@ -185,8 +186,8 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         held = {field.name: getattr(self, field.name) for field in fields(self)}
-        moved = {name: one.to(device) for name, one in held.items() if isinstance(one, Tensor)}
-        return replace(self, **moved, images={name: one.to(device) for name, one in self.images.items()})
+        moved = {name: on_its_way(one, device) for name, one in held.items() if isinstance(one, Tensor)}
+        return replace(self, **moved, images={name: on_its_way(one, device) for name, one in self.images.items()})
 
 
 def collate(examples: Sequence[Sequence[ScoredTokens]], gold: Sequence[int], layout: Layout) -> Batch:

@@ -10,8 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from lorasc_ds.cli import Parser, build_config, build_task, did_you_mean, load_yaml, meaning, task_fields
+from lorasc_ds.cli import Parser
 from lorasc_ds.errors import ConfigError
+from lorasc_ds.fields import build_config, build_task, did_you_mean, meaning, task_fields
+from lorasc_ds.recipes import load_yaml
 from lorasc_ds.robustness_report import COLUMNS
 from lorasc_ds.task_config import TaskConfig
 

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lorasc_ds.cli import Parser, did_you_mean
+from lorasc_ds.cli import Parser
 from lorasc_ds.errors import ConfigError
+from lorasc_ds.fields import did_you_mean
 
 SHARD_GIB = 5.0
 

@@ -14,9 +14,10 @@ from torch import Tensor
 from lorasc_ds import models
 from lorasc_ds.algorithm.dora import shipped_weight
 from lorasc_ds.algorithm.ledger import Ledger, LedgerError
-from lorasc_ds.cli import build_config, load_yaml
 from lorasc_ds.config import Config, ModelConfig
 from lorasc_ds.errors import ConfigError
+from lorasc_ds.fields import build_config
+from lorasc_ds.recipes import load_yaml
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ from lorasc_ds.data import TrainingData
 from lorasc_ds.errors import DataError
 from lorasc_ds.images import Preprocessing, Unreadable, evaluation_pixels, training_pixels
 from lorasc_ds.order import Order, derived_seed
+from lorasc_ds.prefetching import on_its_way
 from lorasc_ds.tasks.base import Example
 
 
@@ -61,9 +62,9 @@ class ImageBatch:
     def to(self, device: torch.device) -> ImageBatch:
         return replace(
             self,
-            pixels=self.pixels.to(device, non_blocking=True),
-            labels=self.labels.to(device),
-            readable=self.readable.to(device),
+            pixels=on_its_way(self.pixels, device),
+            labels=on_its_way(self.labels, device),
+            readable=on_its_way(self.readable, device),
         )
 
     @property

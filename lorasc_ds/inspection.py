@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import argparse
 import json
-import sys
-import traceback
+from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 from lorasc_ds.algorithm.files import write_atomically
 from lorasc_ds.algorithm.ledger import Ledger, LedgerError, digest
-from lorasc_ds.cli import Parser
 from lorasc_ds.config import ModelConfig
-from lorasc_ds.errors import ConfigError, RunError
+from lorasc_ds.errors import ConfigError
 from lorasc_ds.inspection_figure import draw
 from lorasc_ds.inspection_rows import Row, inspect, mean_row
 from lorasc_ds.models import pretrained_tensors
 from lorasc_ds.run_directory import write_json
-
-LEDGER_DAMAGED = 4  # exit code
 
 
 def verify(ledger: Ledger, run: Path, base: str | None) -> dict[str, str]:
@@ -105,17 +100,16 @@ def report(ledger: Ledger) -> list[str]:
     return lines
 
 
-def run(arguments: Sequence[str]) -> None:
+def run(options: Namespace, directory: Path) -> None:
     """Carry out what the command line asks for.
+
+    Args:
+        directory: of the ledger.
 
     Raises:
         LedgerError: something is damaged.
         ConfigError: the command line cannot be used.
     """
-    options = make_parser().parse_args(arguments)
-    directory = options.run_dir / "ledger" if (options.run_dir / "ledger").is_dir() else options.run_dir
-    if directory == options.run_dir and not (directory / "ledger.json").is_file():
-        raise ConfigError(f"{options.run_dir} holds no ledger/: give the directory of a run, or a ledger's own")
     ledger = Ledger.load(directory)
     first, last = max(1, ledger.compacted), len(ledger.experts)
     experts = last if options.experts is None else options.experts
@@ -156,33 +150,3 @@ def run(arguments: Sequence[str]) -> None:
     except OSError as error:
         raise ConfigError(f"--output_dir {output_dir}: {error.strerror}; choose another") from error
     print(f"\nwritten   {output_dir / 'inspection.json'} (with all singular values), {output_dir / 'inspection.png'}")
-
-
-def make_parser() -> argparse.ArgumentParser:
-    parser = Parser(
-        description="Check a run's ledger and measure its experts: ranks, overlaps, noise.", allow_abbrev=False
-    )
-    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="directory of a run, or a ledger's own")
-    parser.add_argument("--experts", type=int, metavar="K", help="measure the first K experts (default: all)")
-    parser.add_argument("--base", metavar="MODEL", help="pretrained model (default: the ledger's, if it can be read)")
-    parser.add_argument("--per_weight", action="store_true", help="print a table for every weight, too")
-    parser.add_argument(
-        "--output_dir", type=Path, metavar="DIR", help="for inspection.json and inspection.png (default: RUN_DIR)"
-    )
-    return parser
-
-
-def main(arguments: Sequence[str]) -> int:
-    """The command line. Returns 0 whole, 2 the command line, 4 damaged, 1 a bug."""
-    try:
-        run(arguments)
-    except LedgerError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return LEDGER_DAMAGED
-    except RunError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except Exception:  # the last resort: a bug is shown whole and ends with code 1
-        traceback.print_exc()
-        return 1
-    return 0

@@ -25,6 +25,7 @@ from lorasc_ds.algorithm.pruning import pruned_elements
 from lorasc_ds.errors import PreemptedError
 from lorasc_ds.method import Pruning
 from lorasc_ds.models import read_weights, save_model
+from lorasc_ds.profiling import span
 from lorasc_ds.sharding import Backend, Processes, Slice
 
 FIRST_MOMENT = "exp_avg"  # as Adam, AdamW and DeepSpeed's call it
@@ -97,6 +98,7 @@ class LiveWeights:
             stds.append(experts.std_of_matrix(whole) if self.processes.main else 0.0)
         return dict(zip(matrices, self.processes.broadcast(stds), strict=True))
 
+    @span("noise")
     def add_noise(self, expert: int, noise_scale: Mapping[str, float]) -> None:
         """W <- W + N (eqs. 7, 8), with c by name."""
         for position, one in enumerate(self.weights):
@@ -112,6 +114,7 @@ class LiveWeights:
                     merge.add_noise_(noised, self.noise_stream(expert, position), noise_scale[name], part.start)
                     merge.round_into_(part.flat, noised)
 
+    @span("merge")
     def merge(self, pairs: Mapping[str, Pair]) -> Tensor:
         """W <- W + D (eq. 12) and B <- 0.
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from lorasc_ds.config import TrainingConfig
 from lorasc_ds.errors import DivergedError, PreemptedError
+from lorasc_ds.profiling import Profile
 from lorasc_ds.progress import Progress
 from lorasc_ds.reports import StepReport
 from lorasc_ds.safe_points import SafePoints
@@ -16,7 +17,7 @@ from lorasc_ds.trainer import Trainer, peak_memory
 
 
 def train(
-    trainer: Trainer, tracker: Tracker, safe_points: SafePoints, progress: Progress, directory: Path
+    trainer: Trainer, tracker: Tracker, safe_points: SafePoints, progress: Progress, directory: Path, profile: Profile
 ) -> dict[str, Any]:
     """Run the cascade from `progress` on, write the model, and return the summary.
 
@@ -24,13 +25,14 @@ def train(
         PreemptedError: the run was asked to stop, and a checkpoint was written.
     """
     preparation, plan = trainer.preparation, trainer.preparation.plan
-    cascade, selection, patience = trainer.cascade, trainer.selection, trainer.patience
+    cascade, selection, patience, steps = trainer.cascade, trainer.selection, trainer.patience, safe_points.steps
     tracker.say(f"engine    {trainer.engine.name}, merges {trainer.backend.merge_path}")
     tracker.learning_rates(trainer.learning_rates)
 
     def evaluate_if_due() -> None:
         if progress.step and (progress.step not in preparation.evaluation_steps or progress.phase == "closing"):
             return
+        steps.settle()
         index = plan.expert_at(max(progress.step, 1) - 1).index
         if progress.phase == "training":
             with cascade.as_if_closed() as merged:
@@ -55,12 +57,13 @@ def train(
             for step in range(progress.step, expert.stop):
                 if patience.over:  # closing here ships what was scored here
                     break
-                learning_rate = preparation.learning_rate(expert, step)
-                report = trainer.training_step(step, learning_rate)
-                count(tracker, preparation.config.training, learning_rate, report)
+                profile.before(step, expert)
+                steps.add(trainer.training_step(step, preparation.learning_rate(expert, step)))
                 progress = Progress.after(step, expert)
-                safe_points.reached(progress, report.asked_to_stop)
+                alone = trainer.processes.world_size == 1  # and need not hear it from others, with their numbers
+                safe_points.reached(progress, trainer.stopping.asked() if alone else steps.asked_to_stop)
                 evaluate_if_due()
+            steps.settle()
             tracker.closed(asdict(cascade.close_expert(replace(expert, stop=progress.step))))
             progress = Progress(progress.step)
             if not patience.over:
@@ -68,6 +71,7 @@ def train(
                 evaluate_if_due()
     except PreemptedError as reason:
         raise safe_points.leave(progress, reason) from None
+    profile.finish()
     if progress.step < plan.steps:
         best = patience.best
         tracker.stopped_early(

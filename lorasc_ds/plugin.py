@@ -18,10 +18,10 @@ from lorasc_ds.algorithm.files import write_atomically
 from lorasc_ds.algorithm.ledger import Adapter, Base, Ledger
 from lorasc_ds.algorithm.plan import Expert
 from lorasc_ds.cascade import Boundaries
-from lorasc_ds.cli import build_config
 from lorasc_ds.config import STRATEGIES
 from lorasc_ds.errors import ConfigError
 from lorasc_ds.evaluation import evaluation_mode
+from lorasc_ds.fields import build_config
 from lorasc_ds.live_weights import LiveWeights
 from lorasc_ds.method import make_method, make_plan, make_schedule
 from lorasc_ds.reports import Closing, Opening

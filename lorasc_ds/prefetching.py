@@ -1,4 +1,4 @@
-"""Batches that worker processes make ahead of their use, in order; torch's DataLoader keeps the workers."""
+"""Batches ahead of their use: made by worker processes, in order; and on their way to the device."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Generic, TypeVar, cast
 
+import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from lorasc_ds.errors import RunError
@@ -22,6 +24,13 @@ TO_THE_RUN = (
     signal.SIGUSR1,
     signal.SIGUSR2,
 )  # launchers send them to all
+
+
+def on_its_way(tensor: Tensor, device: torch.device) -> Tensor:
+    """A copy on the device, for which the host does not wait: a GPU fetches it out of pinned memory."""
+    if device.type != "cuda" or tensor.is_cuda:
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 class Made(Dataset[T | RunError], Generic[T]):

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
 import json
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +10,7 @@ from lorasc_ds import run_directory
 from lorasc_ds.algorithm.ledger import Ledger, LedgerError
 from lorasc_ds.checkpoint import Checkpoint, Checkpoints, problem_of
 from lorasc_ds.config import STRATEGIES
-from lorasc_ds.errors import CheckpointError, ConfigError, RunError
+from lorasc_ds.errors import CheckpointError, ConfigError
 from lorasc_ds.progress import Progress
 
 
@@ -27,8 +24,6 @@ def roll_back(directory: Path, experts: int) -> str:
         CheckpointError: there is no whole checkpoint, or the ledger is damaged.
         ConfigError: the run cannot go back to that expert.
     """
-    if not (directory / "ledger" / "ledger.json").is_file():
-        raise ConfigError(f"{directory} holds no run: give the directory that launch/train.py had as --output_dir")
     if experts < 1:
         raise ConfigError(f"--expert {experts}: experts count from 1; to begin anew, take another --output_dir")
     with run_directory.locked(directory):
@@ -110,17 +105,3 @@ def bytes_until(metrics: Path, experts: int) -> int:
         if record["event"] == "close" and record["expert"] == experts:
             return total
     return total
-
-
-def main(arguments: Sequence[str]) -> int:
-    """The command line. Returns 0, or the exit code of an error, which is one line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("run", type=Path, help="run directory of launch/train.py")
-    parser.add_argument("--expert", type=int, required=True, metavar="K", help="the last expert that stays")
-    options = parser.parse_args(arguments)
-    try:
-        print(roll_back(options.run, options.expert))
-    except RunError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0

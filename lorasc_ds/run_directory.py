@@ -21,9 +21,9 @@ import yaml
 from filelock import FileLock, Timeout
 
 from lorasc_ds.algorithm.files import current_umask, write_atomically
-from lorasc_ds.cli import RecipeLoader, to_yaml
 from lorasc_ds.config import Config
 from lorasc_ds.errors import CheckpointError, ConfigError
+from lorasc_ds.recipes import RecipeLoader, to_yaml
 
 PACKAGES = (
     "lorasc_ds", "torch", "accelerate", "transformers", "peft", "safetensors", "tokenizers", "numpy", "scikit-learn",

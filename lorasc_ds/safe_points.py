@@ -16,21 +16,24 @@ from torch import Tensor, nn
 
 from lorasc_ds.checkpoint import Checkpoint, Checkpoints
 from lorasc_ds.errors import CheckpointError, ConfigError, PeerError, PreemptedError
+from lorasc_ds.in_flight import InFlight
 from lorasc_ds.progress import Progress
 from lorasc_ds.tracking import Tracker
 from lorasc_ds.trainer import Trainer
 
 
 class SafePoints:
-    """Saves a run where it is due or where it was asked to stop."""
+    """Saves a run where it is due or where it was asked to stop; `steps` are those that it has taken."""
 
     def __init__(
         self,
         trainer: Trainer,
         tracker: Tracker,
         checkpoints: Checkpoints,
+        steps: InFlight,
     ) -> None:
         self.trainer = trainer
+        self.steps = steps
         self.tracker = tracker
         self.checkpoints = checkpoints
         self.training = trainer.preparation.config.training
@@ -68,6 +71,7 @@ class SafePoints:
 
     def save(self, progress: Progress) -> None:
         """Collective."""
+        self.steps.settle()  # what is saved is recorded, and was finite
         began = time.perf_counter()
         state, tensors = state_of(self.trainer, self.tracker, progress)
         problem = None

@@ -10,12 +10,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
 import psutil
-import torch
 
 from lorasc_ds.errors import PreemptedError, StoppedError
-from lorasc_ds.sharding import Processes
+
+if TYPE_CHECKING:  # signals are heard before torch is there
+    from lorasc_ds.sharding import Processes
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # Slurm's usual warning is USR1
 AT_ONCE_SECONDS = 1.0  # launchers pass on, within milliseconds, a Ctrl-C that the terminal has sent already
@@ -75,7 +77,7 @@ class Stopping:
 
     def heard(self, processes: Processes) -> bool:
         """Collective: whether any process was asked to stop."""
-        return bool(processes.sum(torch.tensor([float(self.asked())], device=processes.device)).any())
+        return processes.any(self.asked())
 
     def poll(self, processes: Processes) -> None:
         """Collective.

@@ -1,243 +1,12 @@
-"""One run, from the command line to its summary: checked, begun or taken up again, carried out, ended in order."""
+"""Train: `accelerate launch launch/train.py`. `--help` needs no torch, and neither does a wrong configuration."""
 
 from __future__ import annotations
 
-import errno
-import json
-import os
-import shlex
-import sys
-import traceback
-from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager, nullcontext
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import torch
-from accelerate import Accelerator
-from transformers.utils.logging import disable_progress_bar
-
-from lorasc_ds import models, resuming, run_directory
-from lorasc_ds.checkpoint import Checkpoint, Checkpoints, read
-from lorasc_ds.cli import Invocation, parse_command_line, to_yaml
-from lorasc_ds.config import Config
-from lorasc_ds.dry_run import report
-from lorasc_ds.errors import CheckpointError, PeerError, PreemptedError, RunError
-from lorasc_ds.loop import train
-from lorasc_ds.memory import gpu_bytes
-from lorasc_ds.prefetching import explaining_dead_workers
-from lorasc_ds.preparation import Preparation, attach_adapters, prepare
-from lorasc_ds.progress import Progress
-from lorasc_ds.safe_points import SafePoints, restore
-from lorasc_ds.sharding import (
-    Launch,
-    Processes,
-    detect,
-    failing_together,
-    sharded_loading,
-    speaking_once_per_node,
-    start,
-)
-from lorasc_ds.stopping import Stopping
-from lorasc_ds.tracking import Tracker, results_table
-from lorasc_ds.trainer import Trainer
-
-
-def next_commands(directory: Path, config: Config) -> str:
-    other = "lora" if config.cascade.strategy != "lora" else "lorasc"
-    experts = " --cascade.experts null" if config.cascade.experts is not None else ""
-    recipe, output_dir = shlex.quote(str(directory / "config.yaml")), shlex.quote(f"{directory}-{other}")
-    model = f"the merged model is in {directory / 'model'}, " if config.training.save_model else ""
-    lines = [f"{model}the record in {directory}; next:"]
-    if config.tracking.tensorboard:
-        lines.append(f"  tensorboard --logdir {shlex.quote(str(directory / 'tensorboard'))}")
-    lines.append(
-        f"  accelerate launch launch/train.py --config {recipe} --cascade.strategy {other}{experts}"
-        f" --output_dir {output_dir}"
-    )
-    return "\n".join(lines)
-
-
-def deterministic() -> None:
-    """The same bits at every run, on an accelerator too; an operation that cannot is named in a warning."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # noqa: B010 (torch declares no such name)
-
-
-def check(invocation: Invocation) -> tuple[Launch, Preparation] | None:
-    """All that can be known before processes meet and weights are loaded; None where nothing is left to do."""
-    config, directory = invocation.config, invocation.output_dir
-    summary = resuming.finished(directory, config, invocation.resume, invocation.resume_override)
-    launch = detect(invocation.deepspeed)
-    main = launch.rank == 0
-    if summary is not None:
-        if main:
-            print(f"{directory} is finished; its summary:\n{json.dumps(summary, indent=2)}")
-        if not invocation.dry_run:
-            return None
-    rank, processes = (launch.rank, launch.world_size) if invocation.gpus is None else (0, invocation.gpus)
-    preparation = prepare(config, rank, processes)
-    if main:
-        notes = [f"note      {launch.note}"] if launch.note else []
-        print("\n".join((f"recipe    {invocation.recipe}", *preparation.derived_numbers(), *notes)), flush=True)
-    if not invocation.dry_run:
-        return launch, preparation
-    if main:
-        print(report(preparation, gpu_bytes(invocation.gpu_memory)))
-    return None
-
-
-def run(invocation: Invocation, stopping: Stopping) -> None:
-    """Carry out what the command line asks for.
-
-    Raises:
-        RunError: with the exit code of DESIGN's contract.
-    """
-    deterministic()
-    if not sys.stderr.isatty():
-        disable_progress_bar()
-    with speaking_once_per_node(stopping.asked):
-        checked = check(invocation)
-    if checked is None:
-        return
-    launch, preparation = checked
-    config = invocation.config
-    accelerator = start(
-        launch,
-        micro_batch_size=preparation.data.micro_batch_size,
-        accumulation=preparation.accumulation,
-        max_grad_norm=config.training.max_grad_norm,
-        timeout_seconds=config.training.ddp_timeout,
-        # LLaVA's last vision layers are read by nothing; where there are no images, its whole tower
-        skips_weights=models.kind_of(config.model, preparation.shape.config) == "image_text",
-    )
-    processes = Processes(launch.rank, launch.world_size, accelerator.device)
-    main = launch.rank == 0
-    tracker: Tracker | None = None
-
-    def record_failure(message: str, exit_code: int) -> None:
-        if tracker is not None:
-            tracker.failed(message, exit_code)
-
-    with (
-        failing_together(launch.rank, launch.world_size, record_failure),
-        run_directory.locked(invocation.output_dir) if main else nullcontext(),
-    ):
-        checkpoint = choose(invocation, preparation, launch, processes)
-        try:
-            with (
-                tracker_of(invocation.output_dir, preparation, checkpoint, main) as tracker,
-                explaining_full_disk(invocation.output_dir),
-            ):
-                summary = carry_out(invocation, launch, preparation, accelerator, stopping, tracker, checkpoint)
-        except PreemptedError:
-            if main:
-                stopping.forget()
-            processes.wait()  # a launcher ends all as soon as one is gone
-            raise
-    if main:
-        print(results_table(summary["eval_before"], summary["eval"]))
-        print(next_commands(invocation.output_dir, config))
-    accelerator.end_training()
-
-
-def choose(invocation: Invocation, preparation: Preparation, launch: Launch, processes: Processes) -> Checkpoint | None:
-    """What the run goes on from, the same for all processes; where it begins, its directory is made ready."""
-    path = None
-    if processes.main:
-        directory, config = invocation.output_dir, invocation.config
-        try:
-            chosen, lines = resuming.find(
-                directory,
-                config,
-                invocation.resume,
-                invocation.resume_override,
-                preparation.reading.data_sha256,
-                preparation.plan,
-            )
-        except CheckpointError as error:  # a script that reads an older status would start the run again and again
-            run_directory.write_status(directory, "failed", 0, 0, str(error), error.exit_code)
-            raise
-        if chosen is not None:
-            path = chosen.path
-            lines.append(resuming.describe(chosen, launch.world_size, launch.stage))
-        print("".join(f"resume    {line}\n" for line in lines), end="", flush=True)
-        if chosen is None:
-            run_directory.clear(directory)
-            run_directory.begin(directory, config)
-    path = processes.share(path)
-    return None if path is None else read(path)
-
-
-def tracker_of(directory: Path, preparation: Preparation, checkpoint: Checkpoint | None, main: bool) -> Tracker:
-    config = preparation.config
-    return Tracker(
-        directory,
-        task=preparation.task.name,
-        headline=preparation.task.headline,
-        counted=preparation.task.counted,
-        steps=preparation.plan.steps,
-        steps_per_epoch=preparation.data.steps_per_epoch,
-        experts=preparation.plan.experts,
-        log_steps=config.tracking.log_steps,
-        tensorboard=config.tracking.tensorboard,
-        main=main,
-        resumed=None if checkpoint is None else checkpoint.state["tracker"],
-    )
-
-
-def carry_out(
-    invocation: Invocation,
-    launch: Launch,
-    preparation: Preparation,
-    accelerator: Accelerator,
-    stopping: Stopping,
-    tracker: Tracker,
-    checkpoint: Checkpoint | None,
-) -> dict[str, Any]:
-    """Load the model, train it and record the end. Returns the summary."""
-    config, directory = preparation.config, invocation.output_dir
-    torch.manual_seed(config.training.seed)  # of a new classifier
-    with sharded_loading(launch, accelerator, config.model.dtype):
-        model = models.load_model(preparation.model)
-        weights = attach_adapters(config, model)  # here, since DoRA's magnitudes are made from whole weights
-    length = None if checkpoint is None else checkpoint.state["ledger"]["experts"]
-    trainer = Trainer(preparation, model, weights, accelerator, directory, stopping, length)
-    stopping.poll(trainer.processes)
-    if checkpoint is None:
-        progress = Progress()
-        tracker.configuration(to_yaml(invocation.config), run_directory.flatten(config.model_dump(mode="json")))
-    else:
-        progress = restore(trainer, checkpoint)
-        if trainer.processes.main:  # now that nothing can refuse it any more
-            resuming.settle(directory, checkpoint, trainer.cascade.ledger)
-            run_directory.begin(directory, config)
-        tracker.goes_on(checkpoint.path, run_directory.environment())
-    checkpoints = Checkpoints(directory / "checkpoints", config.training.checkpoints_kept)
-    safe_points = SafePoints(trainer, tracker, checkpoints)
-    with closing(trainer.batches), explaining_dead_workers(trainer.batches.workers):
-        summary = train(trainer, tracker, safe_points, progress, directory)
-    if trainer.processes.main:
-        run_directory.write_json(directory / "summary.json", summary)
-    tracker.status("done", "finished", exit_code=0)
-    return summary
-
-
-@contextmanager
-def explaining_full_disk(directory: Path) -> Iterator[None]:
-    """
-    Raises:
-        CheckpointError: what was written inside met a full disk.
-    """
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise CheckpointError(
-            f"{directory}: {error}; free some space and run the same command again, it goes on from the last checkpoint"
-        ) from error
+from lorasc_ds.cli import parse_command_line
+from lorasc_ds.command import ending
 
 
 def main(arguments: Sequence[str], default_recipe: Path) -> int:
@@ -246,26 +15,18 @@ def main(arguments: Sequence[str], default_recipe: Path) -> int:
     That is 0 done, 2 configuration or data, 3 diverged, 4 checkpoint unusable, 75 stopped after a checkpoint, 130 or
     143 a second signal, 1 a bug.
     """
-    try:
+
+    def work() -> None:
         invocation = parse_command_line(arguments, default_recipe)
         if isinstance(invocation, str):
             print(invocation)
-        else:
-            stopping = Stopping(invocation.output_dir)
-            with stopping.listening():
-                run(invocation, stopping)
-    except PreemptedError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(error, file=sys.stderr)
-        return error.exit_code
-    except PeerError as error:
-        if not error.told:
-            print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except RunError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except Exception:  # the last resort: a bug is shown whole and ends with code 1
-        traceback.print_exc()
-        return 1
-    return 0
+            return
+        from lorasc_ds.stopping import Stopping  # psutil
+
+        stopping = Stopping(invocation.output_dir)
+        with stopping.listening():
+            from lorasc_ds.run import run  # torch and the rest
+
+            run(invocation, stopping)
+
+    return ending(work)

@@ -23,12 +23,13 @@ from lorasc_ds.errors import CheckpointError, ConfigError
 from lorasc_ds.evaluation import check_images, check_layout, evaluate, evaluation_mode, for_the_loss_alone
 from lorasc_ds.generation import Generator
 from lorasc_ds.image_reading import ImageReading
+from lorasc_ds.in_flight import StepInFlight
 from lorasc_ds.live_weights import LiveWeights
 from lorasc_ds.objectives import probe_logits, summed_loss
 from lorasc_ds.order import derived_seed
 from lorasc_ds.prefetching import Ahead
 from lorasc_ds.preparation import Preparation
-from lorasc_ds.reports import StepReport
+from lorasc_ds.profiling import span
 from lorasc_ds.scoring import explaining_memory
 from lorasc_ds.selection import Patience, Selection
 from lorasc_ds.sharding import Processes, prepare_engine
@@ -78,7 +79,7 @@ class Trainer:
         head = network.trained if isinstance(network, ImageClassifier) else {}
         groups = parameter_groups(weights, preparation.loraplus_lr_ratio, list(head.values()))
         self.learning_rates = {group["role"]: training.learning_rate * group["lr_ratio"] for group in groups}
-        optimizer = torch.optim.AdamW(groups, lr=training.learning_rate, weight_decay=training.weight_decay)
+        optimizer = torch.optim.AdamW(groups, lr=training.learning_rate, weight_decay=training.weight_decay, fused=True)
         self.engine, self.backend = prepare_engine(
             accelerator,
             self.processes,
@@ -187,6 +188,7 @@ class Trainer:
         """Logits of a few training examples in evaluation mode, float32, of texts at most `PROBE_TOKENS` of them."""
         batch = self.preparation.reading.probe("train", PROBE_EXAMPLES, PROBE_TOKENS).to(self.processes.device)
 
+        @span("probe")
         def logits() -> Tensor:
             with evaluation_mode(self.engine.model):
                 return probe_logits(self.engine.model, batch)
@@ -196,6 +198,7 @@ class Trainer:
     def evaluate(self) -> Scores:
         return self.scores(self.preparation.splits)
 
+    @span("evaluation")
     def scores(self, splits: Mapping[str, Sequence[EncodedExample]], answers: bool = True) -> Scores:
         """
         Args:
@@ -221,8 +224,12 @@ class Trainer:
     def weights_sha256(self) -> str:
         return self.live.weights_sha256()
 
-    def training_step(self, step: int, learning_rate: float) -> StepReport:
-        """One optimizer step on its global batch; not taken where the loss or the gradient is not finite."""
+    @span("step")
+    def training_step(self, step: int, learning_rate: float) -> StepInFlight:
+        """One optimizer step on its global batch; not taken where the loss or the gradient is not finite.
+
+        The device is given its work, and not waited for.
+        """
         began = time.perf_counter()
         training = self.preparation.config.training
         batch = self.batches(step)
@@ -235,18 +242,22 @@ class Trainer:
                 self.engine.micro_step(last=number == len(batch.micro_batches)),
                 explaining_memory(micro.batch.size, f"step {step + 1}: a micro batch ran", lower),
             ):
-                loss = summed_loss(self.engine.model, micro.batch.to(self.processes.device), self.preparation.task.loss)
-                loss = loss * micro.counts / batch.normaliser
+                with span("forward"):
+                    moved = micro.batch.to(self.processes.device)
+                    loss = summed_loss(self.engine.model, moved, self.preparation.task.loss)
+                    loss = loss * micro.counts / batch.normaliser
                 # A loss that is not finite makes the gradient so, which every engine looks at; else this is times 1.
-                self.engine.backward(loss * (1 + 0 * loss))
+                with span("backward"):
+                    self.engine.backward(loss * (1 + 0 * loss))
             totals[0] += loss.detach()
             totals[1] += micro.batch.input_tokens * micro.counts
-        mine = [line for micro in batch.micro_batches if micro.counts for line in micro.batch.unreadable]
-        totals[2], totals[3] = float(self.stopping.asked()), len(mine)
-        loss_sum, tokens, asked, unreadable = self.processes.sum(totals).tolist()
-        lines = [line for part in self.processes.gather(mine) for line in part] if unreadable else []
-        norm = float(self.engine.update(learning_rate, training.max_grad_norm))
-        return StepReport(loss_sum, norm, int(tokens), time.perf_counter() - began, batch.ids, asked > 0, tuple(lines))
+        unreadable = [line for micro in batch.micro_batches if micro.counts for line in micro.batch.unreadable]
+        totals[2], totals[3] = float(self.stopping.asked()), len(unreadable)
+        self.processes.sum(totals)
+        with span("update"):
+            norm = self.engine.update(learning_rate, training.max_grad_norm)
+        numbers = torch.cat([totals, norm.to(totals).reshape(1)])
+        return StepInFlight(numbers, learning_rate, began, batch.ids, unreadable, self.processes)
 
     def beside(self) -> list[Any]:
         """What is saved with the model: tokenizer, processor, and a head that its files have no place for."""

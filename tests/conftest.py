@@ -20,11 +20,12 @@ from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from lorasc_ds import train as train_module
 from lorasc_ds.cascade import Boundaries
 from lorasc_ds.cli import parse_command_line
 from lorasc_ds.quickstart.make_base import make_tokenizer
+from lorasc_ds.run import run as run_invocation
 from lorasc_ds.stopping import Stopping
+from lorasc_ds.train import main
 from lorasc_ds.trainer import Trainer
 
 ROOT = Path(__file__).parents[1]
@@ -112,7 +113,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Run]:
 
         with monkeypatch.context() as patch:
             patch.setattr(Boundaries, "close_expert", close_and_copy)
-            train_module.run(invocation, Stopping(directory))
+            run_invocation(invocation, Stopping(directory))
         return Run(directory, json.loads((directory / "summary.json").read_text()), closed)
 
     return start
@@ -144,7 +145,7 @@ def command(capsys: pytest.CaptureFixture[str]) -> Command:
 
     def start(directory: Path, *flags: str, **changed: Any) -> tuple[int, str]:
         overrides = [f"--{key}={value}" for key, value in (RESUMED | changed).items()]
-        code = train_module.main([f"--output_dir={directory}", *overrides, *flags], RECIPE)
+        code = main([f"--output_dir={directory}", *overrides, *flags], RECIPE)
         printed = capsys.readouterr()
         return code, printed.out + printed.err
 

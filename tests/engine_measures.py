@@ -44,7 +44,7 @@ def trained(trainer: Trainer) -> dict[str, Any]:
         opening = trainer.cascade.open_expert(expert)
         digests.append(trainer.weights_sha256())
         for step in range(expert.start, expert.stop):
-            report = trainer.training_step(step, trainer.preparation.learning_rate(expert, step))
+            report = trainer.training_step(step, trainer.preparation.learning_rate(expert, step)).read()
             losses.append(report.loss)
             norms.append(report.grad_norm)
         few = trainer.preparation.plan.experts <= 3  # an evaluation costs more than a step
@@ -188,7 +188,7 @@ def not_finite_on_one_rank(trainer: Trainer) -> dict[str, Any]:
     finite = []
     for spoil in (one.B.register_hook, trainer.module.lm_head.register_forward_hook):
         hook = spoil(lambda *values: values[-1] * torch.inf) if last else None
-        finite.append(trainer.training_step(0, LEARNING_RATE).finite)
+        finite.append(trainer.training_step(0, LEARNING_RATE).read().finite)
         if hook is not None:
             hook.remove()
     moved = max(float((whole(other.B) - old).abs().max()) for other, old in zip(trainer.weights, before, strict=True))

@@ -288,7 +288,9 @@ def run_case(case: Case, model: Path, folder: Path, rank: int, preparations: lis
             for expert in trainer.preparation.plan:
                 trainer.cascade.open_expert(expert)
                 for step in range(expert.start, expert.stop):
-                    losses.append(trainer.training_step(step, trainer.preparation.learning_rate(expert, step)).loss)
+                    losses.append(
+                        trainer.training_step(step, trainer.preparation.learning_rate(expert, step)).read().loss
+                    )
                 trainer.cascade.close_expert(expert)
         return seen | {"losses": losses, "live": trainer.weights_sha256()}
     if case.loop in ("hand", "raw"):

@@ -193,7 +193,7 @@ def test_a_number_that_is_not_finite_keeps_the_step_from_being_taken(
     else:
         hook = trainer.weights[0].B.register_hook(lambda gradient: gradient * torch.inf)
     ids = trainer.preparation.data.step(1).ids
-    report = trainer.training_step(1, 1e-2)
+    report = trainer.training_step(1, 1e-2).read()
     hook.remove()
     assert not report.finite
     assert report.examples == ids

@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertLMHeadModel, LlamaForCausalLM
 
 from lorasc_ds.config import Config
-from lorasc_ds.train import main, next_commands
+from lorasc_ds.run import next_commands
+from lorasc_ds.train import main
 
 
 def outcome(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:

@@ -14,9 +14,9 @@ from lorasc_ds import loop
 from lorasc_ds.cli import build_config, parse_command_line
 from lorasc_ds.errors import ConfigError
 from lorasc_ds.export import main as export
-from lorasc_ds.inspection import main as inspect
+from lorasc_ds.ledger_commands import inspect
+from lorasc_ds.ledger_commands import roll_back as rollback
 from lorasc_ds.preparation import prepare
-from lorasc_ds.rollback import main as rollback
 from lorasc_ds.selection import Patience
 
 # Three steps an epoch; the dev loss is lowest after the third epoch and then rises.

@@ -18,8 +18,8 @@ from test_experts import random_pair
 from lorasc_ds.algorithm.experts import Pair
 from lorasc_ds.algorithm.ledger import Adapter, Base, Ledger, digest
 from lorasc_ds.algorithm.spectrum import LowRankSum, ranks, subspace_overlap
-from lorasc_ds.inspection import main
 from lorasc_ds.inspection_rows import ROWS, inspect, mean_row
+from lorasc_ds.ledger_commands import inspect as main
 from lorasc_ds.models import QUICKSTART_BASE
 
 S = 2.0

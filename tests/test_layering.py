@@ -15,14 +15,14 @@ OWNERS = {  # engine -> the places that may import it
     "deepspeed": ("sharding/",),
     "lm_eval": ("harness.py",),
     "torch.distributed": ("sharding/",),
-    "accelerate": ("sharding/", "train.py", "trainer.py", "subject.py"),
+    "accelerate": ("sharding/", "run.py", "trainer.py", "subject.py"),
     "pydantic": (
         "section.py",
         "config.py",
         "task_config.py",
         "image_task_config.py",
         "training_config.py",
-        "cli.py",
+        "fields.py",
         "show_data.py",
     ),
 }
@@ -33,6 +33,11 @@ FORBIDDEN = {  # place -> what it must not know
     "image_task_config.py": ("torch", "lorasc_ds.algorithm", "lorasc_ds.tasks", "lorasc_ds.errors"),
     "training_config.py": ("torch", "lorasc_ds.algorithm", "lorasc_ds.tasks", "lorasc_ds.errors"),
     "config.py": ("torch", "lorasc_ds.algorithm", "lorasc_ds.tasks", "lorasc_ds.errors"),
+    "command.py": ("torch", "lorasc_ds.sharding"),
+    "recipes.py": ("torch", "lorasc_ds.algorithm", "lorasc_ds.tasks"),
+    "fields.py": ("torch", "lorasc_ds.algorithm", "lorasc_ds.tasks"),
+    "profiling.py": ("lorasc_ds.cascade", "lorasc_ds.adapters", "lorasc_ds.sharding", "torch.distributed"),
+    "in_flight.py": ("lorasc_ds.cascade", "lorasc_ds.adapters", "lorasc_ds.tracking", "torch.distributed"),
     "tasks/": ("lorasc_ds.cascade", "lorasc_ds.algorithm", "lorasc_ds.adapters", "lorasc_ds.sharding", "torch"),
     "encoded.py": ("lorasc_ds.cascade", "lorasc_ds.algorithm", "lorasc_ds.adapters", "lorasc_ds.sharding", "torch"),
     "chat.py": ("lorasc_ds.cascade", "lorasc_ds.algorithm", "lorasc_ds.adapters", "lorasc_ds.sharding", "torch"),
@@ -48,7 +53,15 @@ FORBIDDEN = {  # place -> what it must not know
     "sharding/": ("lorasc_ds.cascade", "lorasc_ds.algorithm", "lorasc_ds.adapters", "peft"),
     "plugin.py": ("torch.distributed", "peft", "deepspeed", "pydantic"),
     "callback.py": ("torch.distributed", "peft", "deepspeed", "pydantic"),
-    "cascade.py": ("lorasc_ds.train", "lorasc_ds.tasks", "lorasc_ds.data", "peft", "deepspeed", "accelerate"),
+    "cascade.py": (
+        "lorasc_ds.run",
+        "lorasc_ds.train",
+        "lorasc_ds.tasks",
+        "lorasc_ds.data",
+        "peft",
+        "deepspeed",
+        "accelerate",
+    ),
 }
 
 

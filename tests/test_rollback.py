@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from conftest import Command, digest_of_run, flip
 
-from lorasc_ds.compaction import main as compact
-from lorasc_ds.rollback import main as rollback
+from lorasc_ds.ledger_commands import compact
+from lorasc_ds.ledger_commands import roll_back as rollback
 from lorasc_ds.selection import Selection
 
 

@@ -11,7 +11,7 @@ import pytest
 from conftest import RECIPE
 from transformers import LlamaConfig
 
-from lorasc_ds import models, show_data
+from lorasc_ds import models, shown_data
 from lorasc_ds.cli import parse_command_line
 from lorasc_ds.data import Layout, collate
 from lorasc_ds.data_report import Cost, cost_of, epoch_cost, length_table, quantile, split_lines
@@ -208,7 +208,7 @@ def test_a_benchmark_has_no_batches_to_train_on(monkeypatch: pytest.MonkeyPatch,
     generation = Generation(2, lambda text, example: {"accuracy": 0.0})
     splits = {"test": [Example("q:1", "a b", references=("1",), group="anatomy")]}
     task = Task("mmlu", "generation", "lm", splits, "accuracy", notes=("shots 5",), generation=generation)
-    monkeypatch.setattr(show_data, "load_task", lambda config, seed: task)
+    monkeypatch.setattr(shown_data, "load_task", lambda config, seed: task)
     code, out, _ = printed(capsys, "--task.name=mmlu", "--task.subjects=anatomy")
     assert code == 0
     assert out.splitlines() == [

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from sklearn.datasets import load_digits
 
 from lorasc_ds.errors import DataError
 from lorasc_ds.task_config import DigitsConfig, TextConfig
@@ -31,6 +32,15 @@ def test_domains_and_corruptions() -> None:
     )
     assert np.array_equal(noisy(image), noisy(image))
     assert np.std(noisy(np.zeros((100, 8, 8)))) == pytest.approx(2, rel=0.03)
+
+
+def test_the_images_are_scikit_learn_s() -> None:
+    """Read without importing it."""
+    pixels, labels = load_digits(return_X_y=True)
+    images, found = load_images()
+    order = np.random.default_rng(0).permutation(len(labels))
+    assert np.array_equal(images.reshape(-1, 64), np.asarray(pixels)[order])
+    assert np.array_equal(found, np.asarray(labels)[order])
 
 
 def test_splits_share_no_image_and_only_train_has_wrong_labels() -> None:

@@ -26,6 +26,8 @@ FORMAT = 1
 class LedgerError(ValueError):
     """The ledger is damaged, or does not belong to the weights it is replayed on."""
 
+    exit_code = 4  # of the command that meets it
+
 
 @dataclass(frozen=True, slots=True)
 class Base:

@@ -54,6 +54,10 @@ class Processes:
             dist.all_reduce(values)
         return values
 
+    def any(self, mine: bool) -> bool:
+        """Whether it is so in any process."""
+        return bool(self.sum(torch.tensor(float(mine), device=self.device)))
+
     def broadcast(self, numbers: Sequence[float]) -> list[float]:
         """The main process's numbers, to the last bit."""
         values = torch.tensor(numbers, dtype=torch.float64, device=self.device)
@@ -88,7 +92,7 @@ class Processes:
         """What is wrong on any process, with its rank; empty where all is well."""
         if self.world_size == 1:
             return [] if problem is None else [problem]
-        if not self.sum(torch.tensor([float(problem is not None)], device=self.device)).any():
+        if not self.any(problem is not None):
             return []  # the usual case costs one number
         gathered = enumerate(self.gather(problem))
         return [f"rank {rank}: {found}" for rank, found in gathered if found is not None]

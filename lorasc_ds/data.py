@@ -138,7 +138,8 @@ class Batch:
         segments: None, where every row is one sequence; else int64 of (3, rows, length): the position of each token,
             its tree (-1: padding), and its branch there (0: the common part). A token sees those before it that are
             in its own branch or the common part of its tree.
-        token_row, token_position: (tokens,): where the logits of each scored token are.
+        places: (places,): where a scored token is predicted, each place once, counted through the rows.
+        token_place: (tokens,): at which of `places` each scored token is predicted.
         token_target: (tokens,): the id of each scored token.
         token_sequence: (tokens,): which sequence it belongs to.
         candidates: sequences of each example; they follow one another.
@@ -151,8 +152,8 @@ class Batch:
     input_ids: Tensor
     attention_mask: Tensor | None
     segments: Tensor | None
-    token_row: Tensor
-    token_position: Tensor
+    places: Tensor
+    token_place: Tensor
     token_target: Tensor
     token_sequence: Tensor
     candidates: tuple[int, ...]
@@ -170,15 +171,26 @@ class Batch:
         return f"{rows} sequences of {length} tokens"
 
     @property
+    def token_row(self) -> Tensor:
+        """(tokens,): the row in which each scored token is predicted."""
+        return self.places[self.token_place] // self.input_ids.shape[1]
+
+    @property
+    def token_position(self) -> Tensor:
+        """(tokens,): where in that row."""
+        return self.places[self.token_place] % self.input_ids.shape[1]
+
+    @property
     def scored_tokens(self) -> int:
         return len(self.token_target)
 
     def last_scored(self, count: int) -> Batch:
         """The same inputs, of which only the last `count` scored tokens are scored."""
+        needed, token_place = self.token_place[-count:].unique(return_inverse=True)
         return replace(
             self,
-            token_row=self.token_row[-count:],
-            token_position=self.token_position[-count:],
+            places=self.places[needed],
+            token_place=token_place,
             token_target=self.token_target[-count:],
             token_sequence=self.token_sequence[-count:],
         )
@@ -222,15 +234,17 @@ def collate(examples: Sequence[Sequence[ScoredTokens]], gold: Sequence[int], lay
         for number, (row, start) in starts.items():
             segments[:, row, start : start + found[number].size] = torch.tensor(found[number].segments(number))
     padded = segments is None and bool((lengths < length).any())
-    places = [(*starts[number], place, target, of) for number, place, target, of in scored]
-    where = torch.tensor(places, dtype=torch.int64).reshape(-1, 5)  # of a streamed row nothing may be scored
-    token_row, token_start, token_place, token_target, token_sequence = where.unbind(dim=1)
+    predicted = [starts[number][0] * length + starts[number][1] + place for number, place, _, _ in scored]
+    places = {place: number for number, place in enumerate(dict.fromkeys(predicted))}
+    tokens = [(places[place], target, of) for place, (_, _, target, of) in zip(predicted, scored, strict=True)]
+    # of a streamed row nothing may be scored
+    token_place, token_target, token_sequence = torch.tensor(tokens, dtype=torch.int64).reshape(-1, 3).unbind(dim=1)
     return Batch(
         input_ids=input_ids,
         attention_mask=(torch.arange(length) < lengths[:, None]).long() if padded else None,
         segments=segments,
-        token_row=token_row,
-        token_position=token_start + token_place,
+        places=torch.tensor(list(places), dtype=torch.int64),
+        token_place=token_place,
         token_target=token_target,
         token_sequence=token_sequence,
         candidates=tuple(len(candidates) for candidates in examples),

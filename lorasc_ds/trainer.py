@@ -80,7 +80,7 @@ class Trainer:
         head = network.trained if isinstance(network, ImageClassifier) else {}
         groups = parameter_groups(weights, preparation.loraplus_lr_ratio, list(head.values()))
         self.learning_rates = {group["role"]: training.learning_rate * group["lr_ratio"] for group in groups}
-        optimizer = torch.optim.AdamW(groups, lr=training.learning_rate, weight_decay=training.weight_decay)
+        optimizer = torch.optim.AdamW(groups, lr=training.learning_rate, weight_decay=training.weight_decay, fused=True)
         self.engine, self.backend = prepare_engine(
             accelerator,
             self.processes,

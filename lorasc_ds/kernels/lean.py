@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
+import torch
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.activations import SiLUActivation
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
@@ -18,7 +21,7 @@ def same_code(one: Callable[..., object], other: Callable[..., object]) -> bool:
     return (a.co_code, a.co_names) == (b.co_code, b.co_names)
 
 
-def lean_layer(layer: nn.Module) -> nn.Module | None:
+def lean_layer(layer: Any) -> nn.Module | None:
     """What takes the layer's place, around the same parameters under the same names; None: it stays.
 
     Mistral, Qwen, SmolLM, Granite and others have Llama's norm and MLP, word for word, under names of their own.
@@ -31,8 +34,14 @@ def lean_layer(layer: nn.Module) -> nn.Module | None:
     return None
 
 
-def make_lean(model: nn.Module) -> None:
-    """Exchange norms and gated MLPs in place. The model computes the same bits, and keeps less to train."""
+def make_lean(model: PreTrainedModel) -> None:
+    """Exchange norms and gated MLPs in place: the model computes the same bits, and keeps less to train.
+
+    Not in float32, where their norms keep no more than ours, and the gated product costs more time to make again than
+    its memory is worth.
+    """
+    if model.dtype == torch.float32:
+        return
     for owner in list(model.modules()):
         for name, layer in list(owner.named_children()):
             lean = lean_layer(layer)

@@ -6,8 +6,9 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from lorasc_ds.data import Layout, TrainingSequences, rows_of, trees_of
+from lorasc_ds.data import TrainingSequences
 from lorasc_ds.encoded import EncodedExample
+from lorasc_ds.layout import Layout, rows_of, trees_of
 from lorasc_ds.preview import trained_on
 
 QUANTILES = {"min": 0.0, "median": 0.5, "90 %": 0.9, "99 %": 0.99, "max": 1.0}

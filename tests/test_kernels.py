@@ -190,4 +190,4 @@ def test_what_a_layer_keeps_at_the_7b_shape(seven_billion: Callable[[], LlamaFor
     ours = per_token_and_layer(model)
     print(f"KiB a token and layer: {ours:.1f}, HF + PEFT {plain:.1f}")
     assert 150 < plain < 170
-    assert ours <= 110
+    assert ours == pytest.approx(99, rel=0.01)  # `layer_bytes`; the target is 110

@@ -18,10 +18,11 @@ from transformers import (
     PreTrainedModel,
 )
 
-from lorasc_ds.data import Layout, Tree, collate, common_length, rows_of, trees_of
+from lorasc_ds.data import collate
 from lorasc_ds.encoding import ScoredTokens
 from lorasc_ds.errors import ConfigError
 from lorasc_ds.evaluation import check_layout
+from lorasc_ds.layout import Layout, Tree, common_length, rows_of, trees_of
 from lorasc_ds.models import takes_attention_bias
 from lorasc_ds.objectives import attention_bias, summed_loss, token_log_probabilities
 

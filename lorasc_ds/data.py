@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lorasc_ds.encoded import EncodedExample, ScoredTokens
+from lorasc_ds.kernels.attention import Sequences
 from lorasc_ds.layout import Layout, Tree, rows_of, trees_of
 from lorasc_ds.order import Order
 from lorasc_ds.streaming import taken
@@ -51,6 +52,7 @@ class Batch:
         candidates: sequences of each example; they follow one another.
         gold: the right candidate of each example.
         input_tokens: what the model reads, padding not counted.
+        sequences: where those of a single row begin, if it is attention that keeps them apart.
         images: what the model takes besides, by name: the pixels of all images in the order of the rows, and what tells
             of every token what it is, (rows, length).
     """
@@ -65,6 +67,7 @@ class Batch:
     candidates: tuple[int, ...]
     gold: tuple[int, ...]
     input_tokens: int
+    sequences: Sequences | None = None
     images: Mapping[str, Tensor] = field(default_factory=dict)
 
     unreadable: ClassVar[tuple[str, ...]] = ()
@@ -103,7 +106,7 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         held = {field.name: getattr(self, field.name) for field in fields(self)}
-        moved = {name: one.to(device) for name, one in held.items() if isinstance(one, Tensor)}
+        moved = {name: one.to(device) for name, one in held.items() if isinstance(one, (Tensor, Sequences))}
         return replace(self, **moved, images={name: one.to(device) for name, one in self.images.items()})
 
 
@@ -123,7 +126,7 @@ def collate(examples: Sequence[Sequence[ScoredTokens]], gold: Sequence[int], lay
                 scored.append((number, place, candidate.ids[at], sequence))
             sequence += 1
     found = list(numbers)
-    rows = rows_of(found, layout.pack)
+    rows = rows_of(found, layout)
     starts = {
         number: (row, start)
         for row, members in enumerate(rows)
@@ -156,6 +159,7 @@ def collate(examples: Sequence[Sequence[ScoredTokens]], gold: Sequence[int], lay
         candidates=tuple(len(candidates) for candidates in examples),
         gold=tuple(gold),
         input_tokens=int(lengths.sum()),
+        sequences=Sequences.of(tuple(tree.size for tree in found)) if layout.flattens(found) else None,
         images=image_inputs([found[members[0]].visuals for members in rows], length, layout.pixels),
     )
 

@@ -90,7 +90,7 @@ def cost_of(examples: Sequence[EncodedExample], loss: str, layout: Layout) -> Co
     """Of one forward pass, as `data.collate` lays it out."""
     by_example = [trees_of(trained_on(example, loss), layout.share_prefixes).values() for example in examples]
     trees = list(dict.fromkeys(tree for found in by_example for tree in found))
-    rows = [sum(trees[number].size for number in members) for members in rows_of(trees, layout.pack)]
+    rows = [sum(trees[number].size for number in members) for members in rows_of(trees, layout)]
     return Cost(sum(rows), len(rows) * max(rows))
 
 

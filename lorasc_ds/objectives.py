@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -46,7 +47,10 @@ def place_logits(model: nn.Module, batch: Batch) -> Tensor:
     The head computes no others. What the model does to logits afterwards, scaling or capping, it does to these.
     """
     if batch.segments is None:
-        rows = {"attention_mask": batch.attention_mask}
+        rows: dict[str, Any] = {"attention_mask": batch.attention_mask}
+    elif batch.sequences is not None:  # a bias of nothing, so that transformers makes no mask
+        nothing = torch.zeros(1, 1, 1, 1, device=batch.input_ids.device)
+        rows = {"attention_mask": nothing, "position_ids": batch.segments[0], "sequences": batch.sequences}
     else:  # the first parameter is the embedding's, in the dtype that attention computes in
         bias = attention_bias(batch.segments, next(model.parameters()).dtype)
         rows = {"attention_mask": bias, "position_ids": batch.segments[0]}

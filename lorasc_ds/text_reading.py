@@ -180,7 +180,8 @@ def layout_of(training: TrainingConfig, shape: PreTrainedModel, encoder: Encoder
             f"training.packing is true, but {type(shape).__name__} has layers that do not attend to all that stands"
             " before, so that sequences in one row would see each other: set it false"
         )
-    return Layout(encoder.pad_id, training.share_prefixes and able, training.packing, pixels)
+    flat = able and models.takes_sequences(shape)
+    return Layout(encoder.pad_id, training.share_prefixes and able, training.packing, flat, pixels)
 
 
 def order_of(examples: Sequence[EncodedExample], task: Task, training: TrainingConfig) -> Order:

@@ -38,8 +38,9 @@ class LeanLora(LoraLinear):
     """
 
     def forward(self, x: Tensor, *_: Any, **__: Any) -> Tensor:
-        down, up = self.lora_A[ADAPTER], self.lora_B[ADAPTER]
-        return up(down(self.lora_dropout[ADAPTER](x)), self.base_layer(x), self.scaling[ADAPTER])
+        high = self.base_layer(x)
+        low = self.lora_A[ADAPTER](self.lora_dropout[ADAPTER](x))
+        return self.lora_B[ADAPTER](low, high, self.scaling[ADAPTER])
 
 
 @dataclass(frozen=True, slots=True)

@@ -148,8 +148,9 @@ class PlainLoRA(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         high = self.base(x)  # before the branch: gradients meet at x in this order
-        low = nn.functional.linear(nn.functional.linear(self.dropout(x), self.A), self.B)
-        return high + low * self.s
+        low = nn.functional.linear(self.dropout(x), self.A)
+        flat = torch.addmm(high.flatten(0, 1), low.flatten(0, 1), self.B.T, alpha=self.s)  # one rounding, not three
+        return flat.view_as(high)
 
 
 class PlainDoRA(PlainLoRA):
@@ -228,7 +229,7 @@ def algorithm_1(
     trained = [*pairs, *magnitudes.values()]
     for parameter in trained:
         parameter.requires_grad_(True)
-    optimizer = torch.optim.AdamW([{"params": [p], "ratio": ratio.get(p, 1.0)} for p in trained], weight_decay=0.0)
+    optimizer = torch.optim.AdamW([{"params": [p], "ratio": ratio.get(p, 1.0)} for p in trained], weight_decay=0.0, fused=True)
     retention = slow_retention if strategy in ("slow", "lorasc") else 0.0
     if restart_interval is None:
         closing = [t * steps // experts for t in range(1, experts + 1)]
@@ -279,7 +280,7 @@ def algorithm_1(
             examples = sum(len(targets) for _, targets, _ in micro_batches)
             for ids, targets, dropout_seed in micro_batches:
                 torch.manual_seed(dropout_seed)
-                log_p = model(input_ids=ids, use_cache=False).logits[:, -1].float().log_softmax(-1)
+                log_p = model(input_ids=ids, use_cache=False, logits_to_keep=1).logits[:, -1].float().log_softmax(-1)
                 (-log_p.gather(1, targets[:, None])[:, 0].sum() / examples).backward()
             if adapter == "lora-fa" and lorafa_projection:
                 for layer in layers.values():  # of the whole step's gradient, once

@@ -280,7 +280,7 @@ def algorithm_1(
             examples = sum(len(targets) for _, targets, _ in micro_batches)
             for ids, targets, dropout_seed in micro_batches:
                 torch.manual_seed(dropout_seed)
-                log_p = model(input_ids=ids, use_cache=False, logits_to_keep=1).logits[:, -1].float().log_softmax(-1)
+                log_p = model(input_ids=ids, use_cache=False).logits[:, -1].float().log_softmax(-1)
                 (-log_p.gather(1, targets[:, None])[:, 0].sum() / examples).backward()
             if adapter == "lora-fa" and lorafa_projection:
                 for layer in layers.values():  # of the whole step's gradient, once

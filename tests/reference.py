@@ -229,7 +229,9 @@ def algorithm_1(
     trained = [*pairs, *magnitudes.values()]
     for parameter in trained:
         parameter.requires_grad_(True)
-    optimizer = torch.optim.AdamW([{"params": [p], "ratio": ratio.get(p, 1.0)} for p in trained], weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(
+        [{"params": [p], "ratio": ratio.get(p, 1.0)} for p in trained], weight_decay=0.0, fused=True
+    )
     retention = slow_retention if strategy in ("slow", "lorasc") else 0.0
     if restart_interval is None:
         closing = [t * steps // experts for t in range(1, experts + 1)]
@@ -280,7 +282,8 @@ def algorithm_1(
             examples = sum(len(targets) for _, targets, _ in micro_batches)
             for ids, targets, dropout_seed in micro_batches:
                 torch.manual_seed(dropout_seed)
-                log_p = model(input_ids=ids, use_cache=False).logits[:, -1].float().log_softmax(-1)
+                states = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, -1]
+                log_p = model.get_output_embeddings()(states).float().log_softmax(-1)
                 (-log_p.gather(1, targets[:, None])[:, 0].sum() / examples).backward()
             if adapter == "lora-fa" and lorafa_projection:
                 for layer in layers.values():  # of the whole step's gradient, once

@@ -25,8 +25,22 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from lorasc_ds.errors import ConfigError
+from lorasc_ds.kernels.lora import Down, Up, around
 
 ADAPTER = "default"
+
+
+class LeanLora(LoraLinear):
+    """PEFT's layer, with a forward pass of two small products in the dtype of its input.
+
+    PEFT's own keeps a float32 copy of the input for every pair, and makes the change before it adds it. It is a plain
+    LoRA that is neither merged nor switched off here; all else of PEFT's layer is as it was.
+    """
+
+    def forward(self, x: Tensor, *_: Any, **__: Any) -> Tensor:
+        high = self.base_layer(x)
+        low = self.lora_A[ADAPTER](self.lora_dropout[ADAPTER](x))
+        return self.lora_B[ADAPTER](low, high, self.scaling[ADAPTER])
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,22 +194,24 @@ def attach(
                 f"adapter.rank {rank} is larger than {path}, whose weight is {shape_of(module)}: lower it"
             )
     names = names_of(model, selected)
-    inject_adapter_in_model(
-        LoraConfig(
-            r=rank,
-            lora_alpha=lora_alpha,  # type: ignore[arg-type]  # annotated int, used as a number
-            use_rslora=use_rslora,
-            use_dora=method == "dora",
-            lora_dropout=dropout,
-            target_modules=list(selected),
-        ),
-        model,
-        ADAPTER,
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=lora_alpha,  # type: ignore[arg-type]  # annotated int, used as a number
+        use_rslora=use_rslora,
+        use_dora=method == "dora",
+        lora_dropout=dropout,
+        target_modules=list(selected),
     )
+    if method != "dora":
+        config._register_custom_module({nn.Linear: LeanLora})
+    inject_adapter_in_model(config, model, ADAPTER)
     for path in names:
         adapter = lora_of(model, path)
         adapter.lora_A[ADAPTER].float().requires_grad_(method != "lora-fa")
         adapter.lora_B[ADAPTER].float()
+        if isinstance(adapter, LeanLora):
+            adapter.lora_A[ADAPTER] = around(Down, weight_of(adapter.lora_A[ADAPTER]))
+            adapter.lora_B[ADAPTER] = around(Up, weight_of(adapter.lora_B[ADAPTER]))
         if method == "dora" and weight_of(adapter.lora_magnitude_vector[ADAPTER]).dtype != torch.float32:
             with gather_params_ctx(weight_of(selected[path]), modifier_rank=None):  # PEFT rounded them to bfloat16
                 norms = torch.linalg.vector_norm(selected[path].weight.detach().double(), dim=1).float()

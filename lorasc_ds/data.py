@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import accumulate
 from typing import ClassVar, Generic, Protocol, TypeVar
@@ -16,11 +16,13 @@ from typing import ClassVar, Generic, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from lorasc_ds.encoded import EncodedExample, ScoredTokens, Visuals
+from lorasc_ds.encoded import EncodedExample, ScoredTokens
+from lorasc_ds.kernels.attention import Sequences
+from lorasc_ds.layout import Layout, Tree, rows_of, trees_of
 from lorasc_ds.order import Order
 from lorasc_ds.prefetching import on_its_way
 from lorasc_ds.streaming import taken
-from lorasc_ds.visuals import Pixels, image_inputs
+from lorasc_ds.visuals import image_inputs
 
 
 class Named(Protocol):
@@ -35,101 +37,6 @@ B = TypeVar("B")
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
-    """How sequences become the rows of a batch. The model computes the same, up to rounding.
-
-    Args:
-        pad_id: fills rows up.
-        share_prefixes: what the candidates of an example begin with is read once, in one row with what each goes on
-            with; a token sees its own candidate alone.
-        pack: several sequences stand in one row, instead of padding; none sees another.
-        pixels: makes the images of a batch's rows, in their order, what the model takes of them, by name; None: there
-            are none. A row with images is one sequence.
-    """
-
-    pad_id: int
-    share_prefixes: bool = False
-    pack: bool = False
-    pixels: Pixels | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Tree:
-    """Sequences that begin alike, to be read together.
-
-    Args:
-        common: what they all begin with.
-        branches: what each goes on with; those that end there have none.
-        visuals: of a single sequence. Sequences with other images are others, be their tokens the same.
-    """
-
-    common: tuple[int, ...]
-    branches: tuple[tuple[int, ...], ...] = ()
-    visuals: Visuals | None = None
-
-    @property
-    def size(self) -> int:
-        """Tokens that the model reads."""
-        return len(self.common) + sum(map(len, self.branches))
-
-    @property
-    def ids(self) -> list[int]:
-        return [*self.common, *(id for branch in self.branches for id in branch)]
-
-    def segments(self, number: int) -> list[list[int]]:
-        """Position, tree and branch of every token."""
-        start = len(self.common)
-        parts = [(0, len(self.common)), *((start, len(branch)) for branch in self.branches)]
-        positions = [first + at for first, length in parts for at in range(length)]
-        branches = [branch for branch, (_, length) in enumerate(parts) for _ in range(length)]
-        return [positions, [number] * self.size, branches]
-
-    def offset(self, inputs: tuple[int, ...]) -> int:
-        """What the position of a token of `inputs` after the common part is less than its place in the tree."""
-        rest = inputs[len(self.common) :]
-        if not rest:
-            return 0
-        return sum(len(branch) for branch in self.branches[: self.branches.index(rest)])
-
-
-def common_length(sequences: Iterable[tuple[int, ...]]) -> int:
-    """Tokens that all begin with, where at least one of each is left."""
-    sequences = list(sequences)
-    first, last, most = min(sequences), max(sequences), min(map(len, sequences)) - 1
-    return next((at for at in range(most) if first[at] != last[at]), most)
-
-
-def trees_of(candidates: Sequence[ScoredTokens], share_prefixes: bool) -> dict[tuple[int, ...], Tree]:
-    """For each input of an example's candidates the tree that it is read in; its own, where little is common."""
-    inputs = list(dict.fromkeys(candidate.ids[:-1] for candidate in candidates))
-    common = common_length(candidate.ids for candidate in candidates)
-    visuals = candidates[0].visuals
-    if not share_prefixes or visuals or len(inputs) == 1 or 4 * common < min(map(len, inputs)):
-        return {one: Tree(one, visuals=visuals) for one in inputs}
-    tree = Tree(inputs[0][:common], tuple(one[common:] for one in inputs if len(one) > common))
-    return dict.fromkeys(inputs, tree)
-
-
-def rows_of(trees: Sequence[Tree], pack: bool) -> list[list[int]]:
-    """The numbers of the trees of every row: one, or as many as fit beside the longest (best fit, longest first)."""
-    if not pack:
-        return [[number] for number in range(len(trees))]
-    capacity = max(tree.size for tree in trees)
-    rows: list[list[int]] = []
-    room: list[int] = []
-    for number in sorted(range(len(trees)), key=lambda number: -trees[number].size):
-        size = trees[number].size
-        best = min((row for row, left in enumerate(room) if left >= size), key=room.__getitem__, default=None)
-        if best is None:
-            best = len(rows)
-            rows.append([])
-            room.append(capacity)
-        rows[best].append(number)
-        room[best] -= size
-    return rows
-
-
-@dataclass(frozen=True, slots=True)
 class Batch:
     """Sequences as tensors.
 
@@ -139,12 +46,14 @@ class Batch:
         segments: None, where every row is one sequence; else int64 of (3, rows, length): the position of each token,
             its tree (-1: padding), and its branch there (0: the common part). A token sees those before it that are
             in its own branch or the common part of its tree.
-        token_row, token_position: (tokens,): where the logits of each scored token are.
+        places: (places,): where a scored token is predicted, each place once, counted through the rows.
+        token_place: (tokens,): at which of `places` each scored token is predicted.
         token_target: (tokens,): the id of each scored token.
         token_sequence: (tokens,): which sequence it belongs to.
         candidates: sequences of each example; they follow one another.
         gold: the right candidate of each example.
         input_tokens: what the model reads, padding not counted.
+        sequences: where those of a single row begin, if it is attention that keeps them apart.
         images: what the model takes besides, by name: the pixels of all images in the order of the rows, and what tells
             of every token what it is, (rows, length).
     """
@@ -152,13 +61,14 @@ class Batch:
     input_ids: Tensor
     attention_mask: Tensor | None
     segments: Tensor | None
-    token_row: Tensor
-    token_position: Tensor
+    places: Tensor
+    token_place: Tensor
     token_target: Tensor
     token_sequence: Tensor
     candidates: tuple[int, ...]
     gold: tuple[int, ...]
     input_tokens: int
+    sequences: Sequences | None = None
     images: Mapping[str, Tensor] = field(default_factory=dict)
 
     unreadable: ClassVar[tuple[str, ...]] = ()
@@ -171,15 +81,26 @@ class Batch:
         return f"{rows} sequences of {length} tokens"
 
     @property
+    def token_row(self) -> Tensor:
+        """(tokens,): the row in which each scored token is predicted."""
+        return self.places[self.token_place] // self.input_ids.shape[1]
+
+    @property
+    def token_position(self) -> Tensor:
+        """(tokens,): where in that row."""
+        return self.places[self.token_place] % self.input_ids.shape[1]
+
+    @property
     def scored_tokens(self) -> int:
         return len(self.token_target)
 
     def last_scored(self, count: int) -> Batch:
         """The same inputs, of which only the last `count` scored tokens are scored."""
+        needed, token_place = self.token_place[-count:].unique(return_inverse=True)
         return replace(
             self,
-            token_row=self.token_row[-count:],
-            token_position=self.token_position[-count:],
+            places=self.places[needed],
+            token_place=token_place,
             token_target=self.token_target[-count:],
             token_sequence=self.token_sequence[-count:],
         )
@@ -187,7 +108,15 @@ class Batch:
     def to(self, device: torch.device) -> Batch:
         held = {field.name: getattr(self, field.name) for field in fields(self)}
         moved = {name: on_its_way(one, device) for name, one in held.items() if isinstance(one, Tensor)}
-        return replace(self, **moved, images={name: on_its_way(one, device) for name, one in self.images.items()})
+        sequences = self.sequences
+        if sequences is not None:
+            sequences = sequences._replace(bounds=on_its_way(sequences.bounds, device))
+        return replace(
+            self,
+            **moved,
+            sequences=sequences,
+            images={name: on_its_way(one, device) for name, one in self.images.items()},
+        )
 
 
 def collate(examples: Sequence[Sequence[ScoredTokens]], gold: Sequence[int], layout: Layout) -> Batch:
@@ -206,7 +135,7 @@ def collate(examples: Sequence[Sequence[ScoredTokens]], gold: Sequence[int], lay
                 scored.append((number, place, candidate.ids[at], sequence))
             sequence += 1
     found = list(numbers)
-    rows = rows_of(found, layout.pack)
+    rows = rows_of(found, layout)
     starts = {
         number: (row, start)
         for row, members in enumerate(rows)
@@ -223,20 +152,23 @@ def collate(examples: Sequence[Sequence[ScoredTokens]], gold: Sequence[int], lay
         for number, (row, start) in starts.items():
             segments[:, row, start : start + found[number].size] = torch.tensor(found[number].segments(number))
     padded = segments is None and bool((lengths < length).any())
-    places = [(*starts[number], place, target, of) for number, place, target, of in scored]
-    where = torch.tensor(places, dtype=torch.int64).reshape(-1, 5)  # of a streamed row nothing may be scored
-    token_row, token_start, token_place, token_target, token_sequence = where.unbind(dim=1)
+    predicted = [starts[number][0] * length + starts[number][1] + place for number, place, _, _ in scored]
+    places = {place: number for number, place in enumerate(dict.fromkeys(predicted))}
+    tokens = [(places[place], target, of) for place, (_, _, target, of) in zip(predicted, scored, strict=True)]
+    # of a streamed row nothing may be scored
+    token_place, token_target, token_sequence = torch.tensor(tokens, dtype=torch.int64).reshape(-1, 3).unbind(dim=1)
     return Batch(
         input_ids=input_ids,
         attention_mask=(torch.arange(length) < lengths[:, None]).long() if padded else None,
         segments=segments,
-        token_row=token_row,
-        token_position=token_start + token_place,
+        places=torch.tensor(list(places), dtype=torch.int64),
+        token_place=token_place,
         token_target=token_target,
         token_sequence=token_sequence,
         candidates=tuple(len(candidates) for candidates in examples),
         gold=tuple(gold),
         input_tokens=int(lengths.sum()),
+        sequences=Sequences.of(tuple(tree.size for tree in found)) if layout.flattens(found) else None,
         images=image_inputs([found[members[0]].visuals for members in rows], length, layout.pixels),
     )
 

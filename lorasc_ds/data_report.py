@@ -6,8 +6,9 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from lorasc_ds.data import Layout, TrainingSequences, rows_of, trees_of
+from lorasc_ds.data import TrainingSequences
 from lorasc_ds.encoded import EncodedExample
+from lorasc_ds.layout import Layout, rows_of, trees_of
 from lorasc_ds.preview import trained_on
 
 QUANTILES = {"min": 0.0, "median": 0.5, "90 %": 0.9, "99 %": 0.99, "max": 1.0}
@@ -89,7 +90,7 @@ def cost_of(examples: Sequence[EncodedExample], loss: str, layout: Layout) -> Co
     """Of one forward pass, as `data.collate` lays it out."""
     by_example = [trees_of(trained_on(example, loss), layout.share_prefixes).values() for example in examples]
     trees = list(dict.fromkeys(tree for found in by_example for tree in found))
-    rows = [sum(trees[number].size for number in members) for members in rows_of(trees, layout.pack)]
+    rows = [sum(trees[number].size for number in members) for members in rows_of(trees, layout)]
     return Cost(sum(rows), len(rows) * max(rows))
 
 

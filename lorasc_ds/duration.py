@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 
-from lorasc_ds.data import trees_of
 from lorasc_ds.encoding import EncodedExample
 from lorasc_ds.image_reading import ImageReading
+from lorasc_ds.layout import trees_of
 from lorasc_ds.models import forward_parameters
 from lorasc_ds.preparation import Preparation
 from lorasc_ds.streaming import looked_at

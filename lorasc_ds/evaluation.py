@@ -13,12 +13,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from lorasc_ds.data import Batch, Layout, collate, trees_of
+from lorasc_ds.data import Batch, collate
 from lorasc_ds.encoded import EncodedExample, ScoredTokens
 from lorasc_ds.errors import ConfigError
 from lorasc_ds.generation import Generator
 from lorasc_ds.image_data import ImageLayout
 from lorasc_ds.image_evaluation import class_scores
+from lorasc_ds.layout import Layout, trees_of
 from lorasc_ds.objectives import mean_log_probabilities, scored_logits, token_log_probabilities
 from lorasc_ds.scoring import Record, explaining_memory
 from lorasc_ds.sharding import Processes

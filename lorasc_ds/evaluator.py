@@ -17,13 +17,13 @@ from transformers.utils.logging import disable_progress_bar
 
 from lorasc_ds import models, robustness_report, run_directory
 from lorasc_ds.classifier import ImageClassifier, make_rows, with_head
-from lorasc_ds.data import Layout
 from lorasc_ds.encoding import EncodedExample, Encoder
 from lorasc_ds.errors import ConfigError
 from lorasc_ds.evaluate_options import EvaluateOptions
 from lorasc_ds.evaluation import check_layout, evaluate
 from lorasc_ds.generation import Generator
 from lorasc_ds.image_reading import ImageReading, image_reading, workers_of
+from lorasc_ds.layout import Layout
 from lorasc_ds.preparation import Reading
 from lorasc_ds.processing import processor_of
 from lorasc_ds.reports import shown

@@ -17,8 +17,8 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from lorasc_ds.data import Layout
 from lorasc_ds.encoded import EncodedExample
+from lorasc_ds.layout import Layout
 from lorasc_ds.order import derived_seed
 from lorasc_ds.tasks import Generation
 from lorasc_ds.visuals import image_inputs

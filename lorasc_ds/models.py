@@ -301,6 +301,11 @@ def takes_attention_bias(model: PreTrainedModel) -> bool:
     )
 
 
+def takes_sequences(model: PreTrainedModel) -> bool:
+    """Whether the model hands attention what it is told of the sequences in a row, besides taking a bias."""
+    return model._supports_attention_backend and model.config._attn_implementation == "sdpa"
+
+
 def longest_sequence(model: PreTrainedModel) -> int | None:
     """Tokens that the model's positions allow; None where it sets no limit."""
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from lorasc_ds.adapters import base_model
 from lorasc_ds.data import Batch
 from lorasc_ds.image_data import ImageBatch
 
@@ -23,21 +28,50 @@ def attention_bias(segments: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)[:, None]
 
 
-def scored_logits(model: nn.Module, batch: Batch) -> Tensor:
-    """The logits that predict each scored token: float32 of (tokens, vocabulary)."""
+@contextmanager
+def head_reading(head: nn.Module | None, select: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Inside, the head is given what `select` makes of the hidden states; None: there is no head to be found."""
+    if head is None:
+        yield
+        return
+    hook = head.register_forward_pre_hook(lambda _, arguments: (select(arguments[0])[None], *arguments[1:]))
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def place_logits(model: nn.Module, batch: Batch) -> Tensor:
+    """The logits of every place of the batch: float32 of (places, vocabulary).
+
+    The head computes no others. What the model does to logits afterwards, scaling or capping, it does to these.
+    """
     if batch.segments is None:
-        rows = {"attention_mask": batch.attention_mask}
+        rows: dict[str, Any] = {"attention_mask": batch.attention_mask}
+    elif batch.sequences is not None:  # a bias of nothing, so that transformers makes no mask
+        nothing = torch.zeros(1, 1, 1, 1, device=batch.input_ids.device)
+        rows = {"attention_mask": nothing, "position_ids": batch.segments[0], "sequences": batch.sequences}
     else:  # the first parameter is the embedding's, in the dtype that attention computes in
         bias = attention_bias(batch.segments, next(model.parameters()).dtype)
         rows = {"attention_mask": bias, "position_ids": batch.segments[0]}
-    logits = model(input_ids=batch.input_ids, use_cache=False, **rows, **batch.images).logits
-    return logits[batch.token_row, batch.token_position].float()
+
+    def select(states: Tensor) -> Tensor:
+        return states.flatten(0, 1).index_select(0, batch.places)
+
+    head = base_model(model).get_output_embeddings()
+    with head_reading(head, select):
+        logits = model(input_ids=batch.input_ids, use_cache=False, **rows, **batch.images).logits
+    return (select(logits) if head is None else logits[0]).float()
+
+
+def scored_logits(model: nn.Module, batch: Batch) -> Tensor:
+    """The logits that predict each scored token: float32 of (tokens, vocabulary)."""
+    return place_logits(model, batch)[batch.token_place]
 
 
 def token_log_probabilities(model: nn.Module, batch: Batch) -> Tensor:
     """log p of each scored token given what stands before it: float32 of (tokens,)."""
-    log_probabilities = scored_logits(model, batch).log_softmax(dim=-1)
-    return log_probabilities.gather(1, batch.token_target[:, None])[:, 0]
+    return place_logits(model, batch).log_softmax(dim=-1)[batch.token_place, batch.token_target]
 
 
 def mean_log_probabilities(log_probabilities: Tensor, batch: Batch) -> list[Tensor]:

@@ -17,6 +17,7 @@ from lorasc_ds.config import Config, ModelConfig, TrainingConfig
 from lorasc_ds.data import TrainingData
 from lorasc_ds.errors import ConfigError
 from lorasc_ds.image_reading import ImageReading, read_images, with_labels
+from lorasc_ds.kernels.lean import make_lean
 from lorasc_ds.method import Method, make_method, make_plan, make_schedule, unused_settings
 from lorasc_ds.tasks import Task, load_task
 from lorasc_ds.text_reading import TextReading, read_text, refuse_unseen
@@ -264,9 +265,9 @@ def check_all_train(reading: ImageReading, weights: Sequence[AdaptedWeight]) -> 
 
 
 def attach_adapters(config: Config, model: PreTrainedModel) -> list[AdaptedWeight]:
-    """Put the configured pairs on a model; see `adapters.attach`."""
+    """Put the configured pairs on a model, and lean layers into it; see `adapters.attach` and `make_lean`."""
     adapter = config.adapter
-    return attach(
+    weights = attach(
         model,
         method=adapter.method,
         rank=adapter.rank,
@@ -275,3 +276,5 @@ def attach_adapters(config: Config, model: PreTrainedModel) -> list[AdaptedWeigh
         dropout=adapter.dropout,
         target_modules=adapter.target_modules,
     )
+    make_lean(model)
+    return weights

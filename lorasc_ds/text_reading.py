@@ -13,10 +13,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lorasc_ds import models
 from lorasc_ds.adapters import AdaptedWeight
 from lorasc_ds.config import Config, TrainingConfig
-from lorasc_ds.data import Batch, Layout, TrainingSequences, batch_for
+from lorasc_ds.data import Batch, TrainingSequences, batch_for
 from lorasc_ds.encoded import EncodedExample, digest_of
 from lorasc_ds.encoding import Encoder
 from lorasc_ds.errors import ConfigError
+from lorasc_ds.layout import Layout
 from lorasc_ds.order import Order, Source, sources_of
 from lorasc_ds.processing import processor_of
 from lorasc_ds.streaming import EncodedStream, looked_at
@@ -179,7 +180,8 @@ def layout_of(training: TrainingConfig, shape: PreTrainedModel, encoder: Encoder
             f"training.packing is true, but {type(shape).__name__} has layers that do not attend to all that stands"
             " before, so that sequences in one row would see each other: set it false"
         )
-    return Layout(encoder.pad_id, training.share_prefixes and able, training.packing, pixels)
+    flat = able and models.takes_sequences(shape)
+    return Layout(encoder.pad_id, training.share_prefixes and able, training.packing, flat, pixels)
 
 
 def order_of(examples: Sequence[EncodedExample], task: Task, training: TrainingConfig) -> Order:

@@ -148,8 +148,9 @@ class PlainLoRA(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         high = self.base(x)  # before the branch: gradients meet at x in this order
-        low = nn.functional.linear(nn.functional.linear(self.dropout(x), self.A), self.B)
-        return high + low * self.s
+        low = nn.functional.linear(self.dropout(x), self.A)
+        flat = torch.addmm(high.flatten(0, 1), low.flatten(0, 1), self.B.T, alpha=self.s)  # one rounding, not three
+        return flat.view_as(high)
 
 
 class PlainDoRA(PlainLoRA):
@@ -281,7 +282,8 @@ def algorithm_1(
             examples = sum(len(targets) for _, targets, _ in micro_batches)
             for ids, targets, dropout_seed in micro_batches:
                 torch.manual_seed(dropout_seed)
-                log_p = model(input_ids=ids, use_cache=False).logits[:, -1].float().log_softmax(-1)
+                states = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, -1]
+                log_p = model.get_output_embeddings()(states).float().log_softmax(-1)
                 (-log_p.gather(1, targets[:, None])[:, 0].sum() / examples).backward()
             if adapter == "lora-fa" and lorafa_projection:
                 for layer in layers.values():  # of the whole step's gradient, once

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig
 
 from lorasc_ds import memory, models
+from lorasc_ds.activations import layer_bytes
 from lorasc_ds.cli import parse_command_line
 from lorasc_ds.dry_run import memory_lines
 from lorasc_ds.duration import image_seconds
@@ -220,7 +221,7 @@ def peak_bytes(preparation: Preparation) -> int:
 def test_the_activation_estimate_is_near_the_truth(dtype: str, checkpointing: str, method: str) -> None:
     settings = [f"--model.dtype={dtype}", f"--training.gradient_checkpointing={checkpointing}"]
     preparation = prepared(*SMALL, *settings, f"--adapter.method={method}")
-    assert activation_bytes(preparation) == pytest.approx(peak_bytes(preparation), rel=0.2)
+    assert activation_bytes(preparation) == pytest.approx(peak_bytes(preparation), rel=0.15)
 
 
 @pytest.mark.parametrize("checkpointing", ["false", "true"])
@@ -291,6 +292,7 @@ def last_line(preparation: Preparation) -> str:
 
 def test_llama_2_7b_fits_one_gpu(tmp_path: Path) -> None:
     preparation = llama_2(tmp_path, "7b")
+    assert layer_bytes(preparation, 4096, 11008, 32) == 99 * 1024  # test_kernels.py counts as much
     plan = memory_plan(preparation, {})
     assert plan.weights == 2 * PARAMETERS["7b"]
     assert plan.pairs == 16 * 4_194_304

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
 
 import pytest
@@ -25,9 +26,12 @@ from transformers import (
 )
 
 from lorasc_ds import objectives
-from lorasc_ds.data import Layout, Tree, collate, rows_of
+from lorasc_ds.data import Batch, collate
 from lorasc_ds.encoded import ScoredTokens
-from lorasc_ds.models import takes_attention_bias
+from lorasc_ds.kernels import attention
+from lorasc_ds.kernels.attention import SEQUENCES, Sequences
+from lorasc_ds.layout import Layout, Tree, rows_of
+from lorasc_ds.models import takes_attention_bias, takes_sequences
 from lorasc_ds.objectives import scored_logits, summed_loss
 from lorasc_ds.order import Order
 
@@ -79,9 +83,9 @@ def alone(model: PreTrainedModel, some: Sequence[ScoredTokens]) -> torch.Tensor:
     return torch.cat([model(torch.tensor([one.ids])).logits[0, -one.scored - 1 : -1] for one in some])
 
 
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_a_packed_sequence_has_the_logits_it_has_alone(model: PreTrainedModel, attention: str) -> None:
-    model.set_attn_implementation(attention)
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_a_packed_sequence_has_the_logits_it_has_alone(model: PreTrainedModel, implementation: str) -> None:
+    model.set_attn_implementation(implementation)
     assert takes_attention_bias(model)
     some = sequences(LENGTHS, SCORED)
     batch = collate([[one] for one in some], [0] * 8, Layout(0, pack=True))
@@ -89,6 +93,63 @@ def test_a_packed_sequence_has_the_logits_it_has_alone(model: PreTrainedModel, a
     with torch.no_grad():
         expected = alone(model, some)
         assert (scored_logits(model, batch) - expected).abs().max() <= 1e-5 * max(1, float(expected.std()))
+
+
+def test_a_flat_row_has_the_logits_and_gradients_of_rows_of_their_own(model: PreTrainedModel) -> None:
+    """And a model so told reads padded rows, biased ones and a single sequence as before."""
+    assert takes_sequences(model)
+    some = sequences(LENGTHS, SCORED)
+    flat = collate([[one] for one in some], [0] * 8, Layout(0, pack=True, flat=True))
+    assert flat.input_ids.shape == (1, sum(LENGTHS) - 8)
+    assert flat.sequences is not None
+    assert flat.sequences.bounds.tolist() == [0, *accumulate(length - 1 for length in LENGTHS)]
+
+    def gradients(batch: Batch) -> dict[str, torch.Tensor]:
+        model.zero_grad()
+        summed_loss(model, batch, "lm").backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    padded = gradients(collate([[one] for one in some], [0] * 8, Layout(0)))
+    with torch.no_grad():
+        expected = alone(model, some)
+    model.set_attn_implementation(SEQUENCES)
+    found = gradients(flat)
+    scale = max(float(one.abs().max()) for one in padded.values())
+    assert max(float((padded[name] - found[name]).abs().max()) for name in padded) <= 1e-5 * scale
+    with torch.no_grad():
+        for layout in (Layout(0, pack=True, flat=True), Layout(0, pack=True), Layout(0)):
+            batch = collate([[one] for one in some], [0] * 8, layout)
+            assert (scored_logits(model, batch) - expected).abs().max() <= 1e-5 * max(1, float(expected.std()))
+        wrong = replace(
+            flat, sequences=Sequences.of((29, 9, 15, 11, 4, 1, 27, 13))
+        )  # the second holds a token too many
+        assert (scored_logits(model, wrong) - expected).abs().max() > 1e-3
+
+
+def test_one_launch_is_asked_for_what_each_by_itself_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the CUDA kernel is given, tried on a reckoning of what its documentation says."""
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(1, heads, 12, 8) for heads in (4, 2, 2))
+    sequences = Sequences.of((5, 1, 6))
+
+    def documented(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_bounds: torch.Tensor, k_bounds: torch.Tensor,
+                   longest_q: int, longest_k: int, *, scale: float, window_size: tuple[int, int], enable_gqa: bool) -> torch.Tensor:  # fmt: skip
+        assert q_bounds.dtype == k_bounds.dtype == torch.int32
+        assert (longest_q, longest_k, window_size, enable_gqa) == (6, 6, (-1, 0), True)
+        output = torch.empty_like(q)
+        for start, stop in zip(q_bounds.tolist(), q_bounds.tolist()[1:], strict=False):
+            k_all, v_all = (one[start:stop].repeat_interleave(2, dim=1) for one in (k, v))
+            scores = torch.einsum("qhd,khd->hqk", q[start:stop], k_all) * scale
+            seen = torch.ones(stop - start, stop - start, dtype=torch.bool).tril()
+            output[start:stop] = torch.einsum("hqk,khd->qhd", scores.masked_fill(~seen, -torch.inf).softmax(-1), v_all)
+        return output
+
+    monkeypatch.setattr(attention, "varlen_attn", documented)
+    module = torch.nn.Module()
+    module.num_key_value_groups = 2  # pyright: ignore
+    expected, _ = attention.attend(module, query, key, value, None, scaling=0.3, sequences=sequences)
+    found = attention.in_one_launch(query, key, value, sequences, 0.3)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_what_leaks_is_seen(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,10 +182,12 @@ def test_what_leaks_is_seen(model: PreTrainedModel, monkeypatch: pytest.MonkeyPa
             assert (scored_logits(model, moved) - expected).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 @pytest.mark.parametrize("loss", ["lm", "classification"])
-def test_gradients_of_packed_rows_are_those_of_padded_ones(model: PreTrainedModel, attention: str, loss: str) -> None:
-    model.set_attn_implementation(attention)
+def test_gradients_of_packed_rows_are_those_of_padded_ones(
+    model: PreTrainedModel, implementation: str, loss: str
+) -> None:
+    model.set_attn_implementation(implementation)
     some = sequences(LENGTHS, SCORED)
     examples = [some[at : at + 2] for at in range(0, 8, 2)]
 
@@ -161,7 +224,7 @@ def test_shared_beginnings_and_packing_go_together(tiny_llama: LlamaForCausalLM)
 @given(sizes=st.lists(st.integers(1, 50), min_size=1, max_size=40))
 def test_rows_hold_everything_once_and_none_is_longer_than_the_longest(sizes: list[int]) -> None:
     trees = [Tree(tuple(range(size))) for size in sizes]
-    rows = rows_of(trees, pack=True)
+    rows = rows_of(trees, Layout(0, pack=True))
     assert sorted(number for row in rows for number in row) == list(range(len(sizes)))
     fill = [sum(sizes[number] for number in row) for row in rows]
     assert max(fill) == max(sizes)

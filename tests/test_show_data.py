@@ -47,8 +47,8 @@ the first epoch, 2 steps of 2, in micro batches of 2 on 1 process: tokens that t
   packing  group_by_length  tokens  computed  efficiency
   false    false               315       321       98.1%  configured
   false    true                315       321       98.1%
-  true     false               315       321       98.1%
-  true     true                315       321       98.1%
+  true     false               315       315      100.0%
+  true     true                315       315      100.0%
 
 the first examples of train; what is scored stands between [[ and ]]
 train.jsonl:1

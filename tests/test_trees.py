@@ -18,10 +18,11 @@ from transformers import (
     PreTrainedModel,
 )
 
-from lorasc_ds.data import Layout, Tree, collate, common_length, rows_of, trees_of
+from lorasc_ds.data import collate
 from lorasc_ds.encoding import ScoredTokens
 from lorasc_ds.errors import ConfigError
 from lorasc_ds.evaluation import check_layout
+from lorasc_ds.layout import Layout, Tree, common_length, rows_of, trees_of
 from lorasc_ds.models import takes_attention_bias
 from lorasc_ds.objectives import attention_bias, summed_loss, token_log_probabilities
 
@@ -72,11 +73,11 @@ def test_candidates_with_little_in_common_keep_their_rows() -> None:
 
 def test_packed_rows_are_as_long_as_the_longest_sequence() -> None:
     trees = [Tree(tuple(range(n))) for n in (3, 9, 2, 5, 4, 9, 1)]
-    rows = rows_of(trees, pack=True)
+    rows = rows_of(trees, Layout(0, pack=True))
     assert sorted(number for row in rows for number in row) == list(range(7))
     assert all(sum(trees[number].size for number in row) <= 9 for row in rows)
     assert len(rows) == 4  # 33 tokens in rows of 9
-    assert rows_of(trees, pack=False) == [[number] for number in range(7)]
+    assert rows_of(trees, Layout(0)) == [[number] for number in range(7)]
 
 
 def rows_with_endings() -> list[list[ScoredTokens]]:

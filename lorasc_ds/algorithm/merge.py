@@ -27,10 +27,10 @@ class Edit:
     """A slice of a weight, and what is added to it: first an expert, then noise. Either may be absent.
 
     Args:
-        storage: the slice in use, (len,), of any device.
-        accumulator: its float32 sums, (len,); `storage` itself where that is float32.
+        storage: the slice in use, (len,), float32 or bfloat16.
+        accumulator: its float32 sums, (len,), on the same device; `storage` itself where that is float32.
         start: position of its first element in the flattened weight.
-        pair: an expert, on the accumulator's device: `D[i,j] = float32(s·Σ_k B[i,k]·A[k,j])`, the sum in float64, k
+        pair: an expert, on that device: `D[i,j] = float32(s·Σ_k B[i,k]·A[k,j])`, the sum in float64, k
             ascending; added even where it is zero.
         scaling: `s`.
         stream: gives the noise `N[i,j] = (u - 0.5)·c` (eqs. 7 and 8).
@@ -53,26 +53,28 @@ class Edit:
 def edit_(edits: Sequence[Edit], *, virtual: bool = False) -> Tensor:
     """For every slice: accumulator <- accumulator + D + N, storage <- round(accumulator), in place, in one pass.
 
-    Before, every weight in use is its accumulator rounded. A slice that nothing is added to stays as it is.
+    Before, every weight in use is its accumulator rounded. A slice that nothing is added to stays as it is. There is at
+    least one, and all are on one device.
 
     Args:
         virtual: only `storage` is written: the weights that an edit would ship. Undone by `round_into_`, never by
             subtracting; where storage and accumulator are one tensor, keep a copy of it first.
 
     Returns:
-        float64 of (2,), on the accumulators' device: Σ D² and Σ (D - change of `storage` by D)², over all slices:
+        float64 of (2,), on that device: Σ D² and Σ (D - change of `storage` by D)², over all slices:
         what was meant, and what rounding lost of it. The bits of the sums depend on the implementation, as those of
         the weights do not.
     """
+    device = edits[0].accumulator.device
     edits = [one for one in edits if not one.empty]
     if not edits:
-        return torch.zeros(2, dtype=torch.float64)
-    if edits[0].accumulator.is_cuda and has_triton():
+        return torch.zeros(2, dtype=torch.float64, device=device)
+    if device.type == "cuda" and has_triton():
         from lorasc_ds.algorithm import triton_kernels
 
         return triton_kernels.edit_(edits, virtual)
     elements = sum(len(one.accumulator) for one in edits)
-    library = compiled.library() if compiled.pays(elements, len(edits)) and is_on_cpu(edits) else None
+    library = compiled.library() if device.type == "cpu" and compiled.pays(elements, len(edits)) else None
     return edit_eagerly_(edits, virtual) if library is None else compiled.edit_(library, edits, virtual)
 
 
@@ -82,8 +84,9 @@ def edit_through_host_(edits: Sequence[Edit], *, virtual: bool = False) -> Tenso
     for one in edits:
         if not one.empty:
             staged = torch.empty(one.storage.shape, dtype=one.storage.dtype, pin_memory=one.storage.is_cuda)
-            squares += edit_([replace(one, storage=staged)], virtual=virtual)
-            one.storage.copy_(staged, non_blocking=True)  # torch frees pinned memory when the copy is done
+            pair = None if one.pair is None else one.pair.to(torch.device("cpu"))
+            squares += edit_([replace(one, storage=staged, pair=pair)], virtual=virtual)
+            one.storage.copy_(staged, non_blocking=True)  # torch keeps pinned memory until the copy is done
     return squares
 
 
@@ -98,10 +101,6 @@ def has_triton() -> bool:
     from torch.utils._triton import has_triton_package
 
     return has_triton_package()
-
-
-def is_on_cpu(edits: Sequence[Edit]) -> bool:
-    return all(one.storage.device.type == one.accumulator.device.type == "cpu" for one in edits)
 
 
 def edit_eagerly_(edits: Sequence[Edit], virtual: bool = False) -> Tensor:

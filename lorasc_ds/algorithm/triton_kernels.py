@@ -1,5 +1,6 @@
 """A boundary on a CUDA device: one launch over a table of pointers to all slices, with the bits of merge.py's torch."""
 
+# pyright: reportMissingImports=false, reportCallIssue=false, reportIndexIssue=false
 from __future__ import annotations
 
 from collections import defaultdict
@@ -55,7 +56,7 @@ def edit_tile(
     R: tl.constexpr,
     C: tl.constexpr,
 ):
-    """Of slice `program_id(1)`, the part in tile `program_id(0)` of the whole weight, counted from the slice's first row.
+    """Of slice `program_id(1)`, tile `program_id(0)` of the whole weight, from the slice's first row.
 
     Args:
         integers: int64 of (slices, FIELDS), as `integers_of` gives them; numbers: float64 of (slices, 2), s and c.
@@ -120,7 +121,7 @@ def edit_(edits: Sequence[Edit], virtual: bool) -> Tensor:
     squares = torch.zeros(2, dtype=torch.float64, device=device)
     for (dtype, aligned, merges, noises), group in alike.items():
         table = [integers_of(one) for one in group]
-        tiles = max(tiles_of(*row[4:6], row[7]) for row in table)
+        tiles = max(tiles_of(start, length, width) for _, _, _, _, start, length, _, width, *_ in table)
         integers = torch.tensor(table).to(device, non_blocking=True)
         numbers = torch.tensor([(one.scaling, one.noise_scale) for one in group], dtype=torch.float64)
         parts = torch.empty(len(group), tiles, 2, dtype=torch.float64, device=device)
@@ -143,7 +144,7 @@ def edit_(edits: Sequence[Edit], virtual: bool) -> Tensor:
 
 
 def integers_of(edit: Edit) -> tuple[int, ...]:
-    """Addresses of accumulator, storage, A and B; start, length, rank, width; seed, weight, last word of the counter."""
+    """Addresses of accumulator, storage, A, B; start, length, rank, width; seed, weight, last word of the counter."""
     storage, accumulator, stream = edit.storage, edit.accumulator, edit.stream
     A = B = rank = seed = weight = purpose = 0
     width = COLUMNS  # without a pair any will do

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +98,7 @@ def test_a_wrong_scaling_in_the_merge_stops_the_run(
     edit_ = live_weights.merge.edit_
 
     def edit_wrongly_(edits: list[Edit], *, virtual: bool = False) -> torch.Tensor:
-        return edit_([replace(one, scaling=wrong * one.scaling) for one in edits], virtual=virtual)
+        return edit_([one._replace(scaling=wrong * one.scaling) for one in edits], virtual=virtual)
 
     monkeypatch.setattr(live_weights.merge, "edit_", edit_wrongly_)
     for number, strategy in enumerate(("cascade", "lorasc")):  # found with averaging and noise on, too

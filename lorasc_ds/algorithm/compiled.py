@@ -109,8 +109,8 @@ def edit_(library: ctypes.CDLL, edits: Sequence[Edit], virtual: bool) -> Tensor:
 
 def factors_of(edits: Sequence[Edit]) -> Tensor:
     """`A` and `B` of all experts end to end, in float64."""
-    factors = [factor.detach().reshape(-1) for one in edits if one.pair is not None for factor in one.pair]
-    return torch.cat(factors).double() if factors else torch.empty(0, dtype=torch.float64)
+    factors = [factor.view(-1) for one in edits if one.pair is not None for factor in one.pair]
+    return torch.cat(factors).detach().double() if factors else torch.empty(0, dtype=torch.float64)
 
 
 def rows(edits: Sequence[Edit], virtual: bool, factors: int) -> list[tuple[float, ...]]:
@@ -133,7 +133,7 @@ def rows(edits: Sequence[Edit], virtual: bool, factors: int) -> list[tuple[float
                 B,
                 one.scaling,
                 one.start,
-                len(one.accumulator),
+                one.accumulator.numel(),
                 rank,
                 width,
                 seed & 0xFFFFFFFF,

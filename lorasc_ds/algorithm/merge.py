@@ -12,7 +12,7 @@ all slices.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,8 +22,7 @@ from lorasc_ds.algorithm.experts import Pair
 from lorasc_ds.algorithm.noise import Stream, uniform
 
 
-@dataclass(frozen=True, slots=True)
-class Edit:
+class Edit(NamedTuple):
     """A slice of a weight, and what is added to it: first an expert, then noise. Either may be absent.
 
     Args:
@@ -47,7 +46,7 @@ class Edit:
 
     @property
     def empty(self) -> bool:
-        return len(self.accumulator) == 0 or (self.pair is None and self.noise_scale == 0.0)
+        return self.accumulator.numel() == 0 or (self.pair is None and self.noise_scale == 0.0)
 
 
 def edit_(edits: Sequence[Edit], *, virtual: bool = False) -> Tensor:
@@ -73,7 +72,7 @@ def edit_(edits: Sequence[Edit], *, virtual: bool = False) -> Tensor:
         from lorasc_ds.algorithm import triton_kernels
 
         return triton_kernels.edit_(edits, virtual)
-    elements = sum(len(one.accumulator) for one in edits)
+    elements = sum(one.accumulator.numel() for one in edits)
     library = compiled.library() if device.type == "cpu" and compiled.pays(elements, len(edits)) else None
     return edit_eagerly_(edits, virtual) if library is None else compiled.edit_(library, edits, virtual)
 
@@ -85,7 +84,7 @@ def edit_through_host_(edits: Sequence[Edit], *, virtual: bool = False) -> Tenso
         if not one.empty:
             staged = torch.empty(one.storage.shape, dtype=one.storage.dtype, pin_memory=one.storage.is_cuda)
             pair = None if one.pair is None else one.pair.to(torch.device("cpu"))
-            squares += edit_([replace(one, storage=staged, pair=pair)], virtual=virtual)
+            squares += edit_([one._replace(storage=staged, pair=pair)], virtual=virtual)
             one.storage.copy_(staged, non_blocking=True)  # torch keeps pinned memory until the copy is done
     return squares
 

@@ -88,6 +88,23 @@ def merged_from_given_pairs(trainer: Trainer) -> list[str]:
     return digests
 
 
+def turned_with_given_pairs(trainer: Trainer, base: dict[str, Tensor]) -> list[str]:
+    """The same from the pretrained weights again, one pass from expert to expert: the last digest and the ledger's."""
+    cascade, plan = trainer.cascade, trainer.preparation.plan
+    cascade.ledger.experts.clear()
+    trainer.live.write_accumulators(lambda name, start, stop: base[name].float())
+    cascade.checks = False
+    for expert in plan:
+        cascade.open_expert(expert)
+        trainer.live.write_pairs(
+            {one.name: given_pair(expert.index, n, one.shape) for n, one in enumerate(trainer.weights)}
+        )
+        last = expert.index == plan.experts
+        cascade.close_expert(expert, None if last or not cascade.can_turn else plan.expert(expert.index + 1))
+    cascade.checks = True
+    return [trainer.weights_sha256(), cascade.ledger.sha256()]
+
+
 def whole(parameter: Any) -> Tensor:
     """What computes, gathered by DeepSpeed's documented call."""
     if not hasattr(parameter, "ds_id"):

@@ -22,7 +22,7 @@ class Pair(NamedTuple):
     B: Tensor
 
     def to(self, device: torch.device) -> Pair:
-        return Pair(self.A.to(device), self.B.to(device))
+        return self if self.A.device == device else Pair(self.A.to(device), self.B.to(device))
 
 
 def slow_updates(slow: Sequence[Pair], fast: Sequence[Pair], slow_retention: float) -> list[Pair]:

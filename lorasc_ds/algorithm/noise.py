@@ -7,8 +7,8 @@ shard, and a replay draws it again. Salmon et al., "Parallel random numbers: as 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import IntEnum
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,8 +26,7 @@ class Purpose(IntEnum):
     FRESH_A = 1
 
 
-@dataclass(frozen=True, slots=True)
-class Stream:
+class Stream(NamedTuple):
     """One stream of numbers.
 
     Args:

@@ -12,11 +12,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lorasc_ds.algorithm.compiled import factors_of
+
 if TYPE_CHECKING:
     from lorasc_ds.algorithm.merge import Edit
 
 FIELDS = tl.constexpr(11)  # integers of a slice
-ROWS, COLUMNS = 32, 128  # of a tile: a factor's element is made a float64 once for as many elements of the weight
+ROWS, COLUMNS = 32, 128  # of a tile: a factor's element is loaded once for as many of the weight
 
 
 @triton.jit
@@ -74,12 +76,12 @@ def edit_tile(
     inside = (column < width)[None, :] & (element >= start) & (element < start + length)
     total = tl.load(accumulator + (element - start), inside, other=0.0)
     if MERGES:
-        A, B = tl.load(table + 2).to(tl.pointer_type(tl.float32)), tl.load(table + 3).to(tl.pointer_type(tl.float32))
+        A, B = tl.load(table + 2).to(tl.pointer_type(tl.float64)), tl.load(table + 3).to(tl.pointer_type(tl.float64))
         rank = tl.load(table + 6)
         sums = tl.zeros((R, C), tl.float64)
         for k in range(rank):
-            b = tl.load(B + row * rank + k, row * width < start + length, other=0.0).to(tl.float64)
-            a = tl.load(A + k * width + column, column < width, other=0.0).to(tl.float64)
+            b = tl.load(B + row * rank + k, row * width < start + length, other=0.0)
+            a = tl.load(A + k * width + column, column < width, other=0.0)
             sums = tl.fma(tl.broadcast_to(b[:, None], (R, C)), tl.broadcast_to(a[None, :], (R, C)), sums)
         delta = (sums * tl.load(numbers + 2 * tl.program_id(1))).to(tl.float32)
         before = rounded(total, BFLOAT16)
@@ -120,7 +122,8 @@ def edit_(edits: Sequence[Edit], virtual: bool) -> Tensor:
         alike[one.storage.dtype, aligned, one.pair is not None, one.noise_scale != 0.0].append(one)
     squares = torch.zeros(2, dtype=torch.float64, device=device)
     for (dtype, aligned, merges, noises), group in alike.items():
-        table = [integers_of(one) for one in group]
+        factors = factors_of(group)
+        table = integers_of(group, factors.data_ptr())
         tiles = max(tiles_of(start, length, width) for _, _, _, _, start, length, _, width, *_ in table)
         integers = torch.tensor(table).to(device, non_blocking=True)
         numbers = torch.tensor([(one.scaling, one.noise_scale) for one in group], dtype=torch.float64)
@@ -143,19 +146,26 @@ def edit_(edits: Sequence[Edit], virtual: bool) -> Tensor:
     return squares
 
 
-def integers_of(edit: Edit) -> tuple[int, ...]:
-    """Addresses of accumulator, storage, A, B; start, length, rank, width; seed, weight, last word of the counter."""
-    storage, accumulator, stream = edit.storage, edit.accumulator, edit.stream
-    A = B = rank = seed = weight = purpose = 0
-    width = COLUMNS  # without a pair any will do
-    if edit.pair is not None:
-        A, B = (factor.data_ptr() for factor in edit.pair)
-        rank, width = edit.pair.A.shape
-    if stream is not None:
-        seed, weight, purpose = stream.seed, stream.weight, 2 * stream.expert + stream.purpose
-        seed -= (seed >> 63) << 64  # as an int64 of the same bits
-    addresses = (accumulator.data_ptr(), storage.data_ptr(), A, B)
-    return (*addresses, edit.start, len(accumulator), rank, width, seed, weight, purpose)
+def integers_of(edits: Sequence[Edit], factors: int) -> list[tuple[int, ...]]:
+    """Addresses of accumulator, storage, A, B; start, length, rank, width; seed, weight, last word of the counter.
+
+    Args:
+        factors: address of `factors_of`: conversions to float64 are slow on a GPU, and these are few.
+    """
+    table = []
+    for one in edits:
+        A = B = rank = seed = weight = purpose = 0
+        width = COLUMNS  # without a pair any will do
+        if one.pair is not None:
+            rank, width = one.pair.A.shape
+            A, B = factors, factors + 8 * rank * width
+            factors = B + 8 * one.pair.B.numel()
+        if one.stream is not None:
+            seed, weight, purpose = one.stream.seed, one.stream.weight, 2 * one.stream.expert + one.stream.purpose
+            seed -= (seed >> 63) << 64  # as an int64 of the same bits
+        addresses = (one.accumulator.data_ptr(), one.storage.data_ptr(), A, B)
+        table.append((*addresses, one.start, one.accumulator.numel(), rank, width, seed, weight, purpose))
+    return table
 
 
 def tiles_of(start: int, length: int, width: int) -> int:

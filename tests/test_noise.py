@@ -95,11 +95,11 @@ def test_one_to_four_threads_give_the_same_bits() -> None:
 
 
 def test_a_4096_square_is_drawn_well_under_three_seconds() -> None:
-    """About 0.45 s was measured on two cores; the bound leaves room for a loaded machine."""
+    """In eager torch, where there is no compiler: about 0.45 s; the processor's time, for a machine may be busy."""
     weight = torch.zeros(4096 * 4096)
-    began = time.perf_counter()
+    began = time.process_time()
     edit_eagerly_([Edit(weight, weight, stream=STREAM, noise_scale=0.1)])
-    assert time.perf_counter() - began < 2.0
+    assert time.process_time() - began < 2.0
 
 
 def test_no_noise_writes_nothing() -> None:

@@ -102,6 +102,16 @@ def test_a_pass_over_slices_of_several_weights_agrees_with_plain_loops(
     assert squares.tolist() == pytest.approx(total.tolist(), rel=1e-9, abs=0)
 
 
+def test_ties_round_to_even(edit_: Pass) -> None:
+    """Halfway between two bfloat16 numbers, up and down, of both signs; and just beside."""
+    patterns = [high << 16 | low for high in (0x3F80, 0x3F81, 0xBF80, 0xBF81, 1, 2) for low in (0x7FFF, 0x8000, 0x8001)]
+    accumulator = torch.tensor(patterns, dtype=torch.int64).to(torch.int32).view(torch.float32)
+    expected = accumulator.to(torch.bfloat16)
+    storage, nothing = torch.zeros_like(expected), Pair(torch.zeros(1, 3), torch.zeros(6, 1))
+    edit_([Edit(storage, accumulator, pair=nothing)], False)
+    assert torch.equal(storage.view(torch.int16), expected.view(torch.int16))
+
+
 def large_edits(dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, list[Edit]]:
     storage = torch.randn(2048 * 1024, generator=torch.Generator().manual_seed(0)).to(dtype)
     pair, stream = random_pair(2048, 1024, 3), Stream(7, 2, 0, Purpose.NOISE)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from lorasc_ds.adapters import AdaptedWeight
 from lorasc_ds.algorithm import experts
 from lorasc_ds.algorithm.experts import Pair
 from lorasc_ds.algorithm.ledger import Ledger
@@ -40,6 +41,18 @@ class Choice:
     seconds: float | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Noise:
+    """What is added before an expert: λ, and c by name."""
+
+    chosen: Choice
+    scale: dict[str, float]
+
+
+def in_order(weights: Sequence[AdaptedWeight], pairs: Mapping[str, Pair]) -> list[Pair]:
+    return [pairs[one.name] for one in weights]
+
+
 class Boundaries:
     """The slow expert and the boundaries of one run.
 
@@ -50,6 +63,7 @@ class Boundaries:
         probe: logits of a fixed batch in evaluation mode, float32.
         dev_loss: of the model as it is, the same on all processes; needed where `method` has candidates.
         max_boundary_drift: see `CascadeConfig`; None: by dtype.
+        checks: whether the probe is asked before and after every change: `cascade.check_boundaries`.
     """
 
     def __init__(
@@ -61,6 +75,7 @@ class Boundaries:
         probe: Callable[[], Tensor],
         dev_loss: Callable[[], float] | None = None,
         max_boundary_drift: float | None = None,
+        checks: bool = True,
     ) -> None:
         self.live = live
         self.weights = live.weights
@@ -70,9 +85,12 @@ class Boundaries:
         self.probe = probe
         self.dev_loss = dev_loss
         self.max_boundary_drift = max_boundary_drift or MAX_BOUNDARY_DRIFT[self.weights[0].weight.dtype]
+        self.checks = checks
         self.slow: dict[str, Pair] = {}
         self.noise_intensity = 0.0
         self.noise_scale: dict[str, float] = {}
+        self.noised: Noise | None = None
+        """What a turn has added for the expert that opens next."""
 
     @span("open expert")
     def open_expert(self, expert: Expert) -> Opening:
@@ -83,22 +101,24 @@ class Boundaries:
                 holds something else than was written.
         """
         began = time.perf_counter()
-        noisy = self.method.noises(expert.index)
-        before = self.probe() if noisy else None
-        self.noise_scale = {one.name: 0.0 for one in self.weights}
-        chosen = Choice(0.0)
-        if noisy:
-            chosen = self.choose_noise(expert)
-            self.live.add_noise(expert.index, self.noise_scale)
+        probes = self.checks and self.method.noises(expert.index)
+        before = self.probe() if probes else None
+        noise, self.noised = self.noised, None
+        if noise is None:
+            noise = self.noise(expert)
+            self.live.add_noise(expert.index, noise.scale)
+        chosen, self.noise_scale = noise.chosen, noise.scale
         self.noise_intensity = chosen.value
         pairs = self.live.restart_pairs(expert.index)
         if expert.index == 1:
             self.slow = pairs
         pruned = self.restart_optimizer(expert)
-        noise_change = 0.0 if before is None else self.change(before, self.probe())
+        noise_change = 0.0 if self.checks else None
+        if before is not None:
+            noise_change = self.change(before, self.probe())
         self.refuse(expert, self.live.differing(pairs))
         self.check_replicas(expert)
-        if not math.isfinite(noise_change):
+        if noise_change is not None and not math.isfinite(noise_change):
             raise DivergedError(
                 f"expert {expert.index}: after the noise the probe's logits are not finite; lower"
                 f" cascade.noise_intensity ({self.noise_intensity:g}) or training.learning_rate"
@@ -156,8 +176,10 @@ class Boundaries:
         """Take these as the slow pairs."""
         self.slow = {name: pair.to(self.processes.device) for name, pair in slow.items()}
 
-    def choose_noise(self, expert: Expert) -> Choice:
+    def noise(self, expert: Expert) -> Noise:
         """λ and c for opening `expert`: in proportion to std(D(slow)), or for NoisyTune to std(W₀)."""
+        if not self.method.noises(expert.index):
+            return Noise(Choice(0.0), {one.name: 0.0 for one in self.weights})
         stds = self.live.stds() if self.method.noise == "once" else self.stds_of_slow()
 
         def scales(intensity: float) -> dict[str, float]:
@@ -167,14 +189,18 @@ class Boundaries:
             return self.live.as_if_noisy(expert.index, scales(intensity))
 
         chosen = self.choose(self.method.noise_intensity, trial)
-        self.noise_scale = scales(chosen.value)
-        return chosen
+        return Noise(chosen, scales(chosen.value))
 
     def stds_of_slow(self) -> dict[str, float]:
         """By name, as the main process computes them: the others' arithmetic may differ in the last bit."""
-        main = self.processes.main
-        stds = [experts.std_of_delta(self.slow[one.name], one.scaling) if main else 0.0 for one in self.weights]
+        stds = [0.0] * len(self.weights)
+        if self.processes.main:
+            stds = [of_one.std for of_one in self.statistics(self.slow)]
         return dict(zip((one.name for one in self.weights), self.processes.broadcast(stds), strict=True))
+
+    def statistics(self, pairs: Mapping[str, Pair]) -> list[experts.DeltaStatistics]:
+        """Of what these add to each weight."""
+        return experts.delta_statistics(in_order(self.weights, pairs), [one.scaling for one in self.weights])
 
     def restart_optimizer(self, expert: Expert) -> float | None:
         """Empty the optimizer of the pairs, or prune its moments; read back. Returns `Opening.pruned`."""
@@ -187,9 +213,18 @@ class Boundaries:
         self.refuse(expert, [] if empty else ["the optimizer's state is not empty"])
         return None
 
+    @property
+    def can_turn(self) -> bool:
+        """Whether nothing here reads the weights between two experts: see `close_expert`."""
+        return not self.checks and len(self.method.noise_intensity) == 1
+
     @span("close expert")
-    def close_expert(self, expert: Expert) -> Closing:
+    def close_expert(self, expert: Expert, following: Expert | None = None) -> Closing:
         """slow <- α·slow + (1-α)·fast (eqs. 10, 11), W <- W + D(slow) (eq. 12), B <- 0, and the ledger.
+
+        Args:
+            following: the expert that opens next, where nothing reads the weights before it has: its noise is added in
+                the same pass over them, and `open_expert` does the rest.
 
         Raises:
             DivergedError: the merge changed the model's function, or a pair is not finite. The ledger then
@@ -197,33 +232,29 @@ class Boundaries:
         """
         began = time.perf_counter()
         averaging_change = 0.0
-        before = self.probe()
+        before = self.probe() if self.checks else None
         fast = self.live.pairs()
         chosen = self.choose_retention(fast)
-        merged = self.slow_after(fast, chosen.value)
-        if chosen.value > 0:
+        slow, merged = self.slow, self.slow_after(fast, chosen.value)
+        if before is not None and chosen.value > 0:
             self.live.write_pairs(merged)
             with_fast, before = before, self.probe()
             averaging_change = self.change(with_fast, before)
-        squares = self.live.merge(merged)
-        drift = self.change(before, self.probe())
-        if not math.isfinite(drift):
-            raise DivergedError(
-                f"expert {expert.index}: merged, the probe's logits are not finite; lower training.learning_rate"
-                f" or cascade.noise_intensity ({self.noise_intensity:g})"
-            )
-        if drift > self.max_boundary_drift:
-            raise DivergedError(
-                f"expert {expert.index}: merging it changed the probe's logits by {drift:.3g} of their standard"
-                f" deviation, more than cascade.max_boundary_drift {self.max_boundary_drift:g}: the numbers have"
-                " diverged or the merge is wrong; lower training.learning_rate, or raise the bound if it is rounding"
-            )
-        self.check_replicas(expert)
-        meant, lost = self.processes.sum(squares.to(self.processes.device)).tolist()
-        statistics = {one.name: experts.delta_statistics(merged[one.name], one.scaling) for one in self.weights}
-        norm = math.hypot(*(of_one.norm for of_one in statistics.values()))
-        overlap = None if expert.index == 1 else self.overlap(merged, norm)
         self.slow = merged
+        if following is None:
+            squares = self.live.merge(merged)
+        else:
+            self.noised = self.noise(following)
+            squares = self.live.change(merged, following.index, self.noised.scale)
+        drift = None if before is None else self.check_drift(expert, self.change(before, self.probe()))
+        meant, lost = self.processes.sum(squares.to(self.processes.device)).tolist()
+        if not math.isfinite(meant):
+            raise DivergedError(f"expert {expert.index}: what was merged is not finite; lower training.learning_rate")
+        if following is None:
+            self.check_replicas(expert)
+        statistics = self.statistics(merged)
+        norm = math.hypot(*(of_one.norm for of_one in statistics))
+        overlap = None if expert.index == 1 else self.overlap(merged, slow, norm)
         persistent = self.live.persistent()
         if self.processes.main:
             self.ledger.append(
@@ -239,14 +270,32 @@ class Boundaries:
             slow_retention=chosen.value,
             retention_losses=chosen.losses,
             norm=norm,
-            std={name: of_one.std for name, of_one in statistics.items()},
+            std={one.name: of_one.std for one, of_one in zip(self.weights, statistics, strict=True)},
             overlap=overlap,
             lost=math.sqrt(lost / meant) if meant > 0 else 0.0,
-            averaging_change=averaging_change,
+            averaging_change=averaging_change if self.checks else None,
             drift=drift,
             choosing_seconds=chosen.seconds,
             seconds=time.perf_counter() - began,
         )
+
+    def check_drift(self, expert: Expert, drift: float) -> float:
+        """
+        Raises:
+            DivergedError: the merge changed the probe's logits by more than rounding does.
+        """
+        if not math.isfinite(drift):
+            raise DivergedError(
+                f"expert {expert.index}: merged, the probe's logits are not finite; lower training.learning_rate"
+                f" or cascade.noise_intensity ({self.noise_intensity:g})"
+            )
+        if drift > self.max_boundary_drift:
+            raise DivergedError(
+                f"expert {expert.index}: merging it changed the probe's logits by {drift:.3g} of their standard"
+                f" deviation, more than cascade.max_boundary_drift {self.max_boundary_drift:g}: the numbers have"
+                " diverged or the merge is wrong; lower training.learning_rate, or raise the bound if it is rounding"
+            )
+        return drift
 
     @contextmanager
     def as_if_closed(self) -> Iterator[dict[str, Pair]]:
@@ -281,7 +330,8 @@ class Boundaries:
 
     def slow_after(self, fast: Mapping[str, Pair], slow_retention: float) -> dict[str, Pair]:
         """The slow pairs that closing the open expert now would merge, by name."""
-        return {name: experts.slow_update(self.slow[name], pair, slow_retention) for name, pair in fast.items()}
+        slow = [self.slow[name] for name in fast]
+        return dict(zip(fast, experts.slow_updates(slow, list(fast.values()), slow_retention), strict=True))
 
     def refuse(self, expert: Expert, wrong: Sequence[str]) -> None:
         """Stop all processes where the engine of any, read back, does not hold what was written to it.
@@ -310,10 +360,9 @@ class Boundaries:
         """`relative_change` as the main process sees it, so that all decide alike."""
         return self.processes.broadcast([relative_change(before, after)])[0]
 
-    def overlap(self, merged: dict[str, Pair], norm: float) -> float:
-        """Cosine between what this boundary merges and what the one before merged."""
-        product = sum(
-            experts.delta_inner_product(merged[one.name], self.slow[one.name], one.scaling) for one in self.weights
-        )
-        before = math.hypot(*(experts.delta_statistics(self.slow[one.name], one.scaling).norm for one in self.weights))
+    def overlap(self, merged: dict[str, Pair], slow: dict[str, Pair], norm: float) -> float:
+        """Cosine between what this boundary merges, of this norm, and what the one before merged, `slow`."""
+        both = in_order(self.weights, merged), in_order(self.weights, slow)
+        product = sum(experts.delta_inner_products(*both, [one.scaling for one in self.weights]))
+        before = math.hypot(*(of_one.norm for of_one in self.statistics(slow)))
         return product / (norm * before) if norm * before > 0 else 0.0

@@ -166,6 +166,11 @@ class CascadeConfig(Section):
         description="How a boundary edits weights that ZeRO-3 has cut up: each rank its own slices, or rank 0 one"
         " gathered weight at a time; the same bits. auto: local where a trial on the live model succeeds.",
     )
+    check_boundaries: bool = Field(
+        default=True,
+        description="Compare a probe batch's logits before and after every noise and merge; false: where nothing is"
+        " scored or saved between two experts, the weights go from one to the next in one pass; the same bits.",
+    )
     max_boundary_drift: float | None = Field(
         default=None,
         gt=0,

@@ -10,6 +10,7 @@ from lorasc_ds.fields import fields_of, task_fields
 
 FREE = {
     "cascade.accumulator",
+    "cascade.check_boundaries",
     "cascade.max_boundary_drift",
     "cascade.merge_path",
     "training.checkpoint_steps",

@@ -124,7 +124,7 @@ def noise_left_out(run: ExportedRun) -> str:
     for name, pair in joined_pairs(run):
         shape = (pair.B.shape[0], pair.A.shape[1])
         noise += noise_norm(shape, (record.noise_scale[name] for record in records)) ** 2
-        experts += delta_statistics(pair, ledger.adapter.scaling).norm ** 2
+        experts += delta_statistics([pair], [ledger.adapter.scaling])[0].norm ** 2
     share = math.sqrt(noise / experts) if experts > 0 else math.inf
     others = f", and all of it on {len(ledger.noised)} other matrices" if ledger.noised else ""
     return (

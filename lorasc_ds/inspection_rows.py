@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from statistics import fmean
 from typing import Any
 
-from lorasc_ds.algorithm.experts import Pair, delta_inner_product, delta_statistics
+from lorasc_ds.algorithm.experts import Pair, delta_inner_products, delta_statistics
 from lorasc_ds.algorithm.ledger import Ledger, read_pair
 from lorasc_ds.algorithm.spectrum import LowRankSum, ranks, subspace_overlap
 
@@ -80,12 +80,12 @@ def inspect_weight(ledger: Ledger, name: str, files: dict[int, Any], shown: Sequ
             total = total or LowRankSum.zero(*shape)
             total.add(waiting, scaling)
             waiting.clear()
-            norm, total_norm = delta_statistics(pair, scaling).norm, float(total.values.norm())
+            norm, total_norm = delta_statistics([pair], [scaling])[0].norm, float(total.values.norm())
             found, overlaps = ranks(total.values), (None, None, None)
             if before is not None:
-                norms = norm * delta_statistics(before, scaling).norm
+                norms = norm * delta_statistics([before], [scaling])[0].norm
                 overlaps = (
-                    over(delta_inner_product(pair, before, scaling), norms),
+                    over(delta_inner_products([pair], [before], [scaling])[0], norms),
                     subspace_overlap(pair.B, before.B),
                     subspace_overlap(pair.A.T, before.A.T),
                 )

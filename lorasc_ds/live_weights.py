@@ -6,6 +6,7 @@ Everything is in place: the same tensors, the same optimizer object. Nothing is 
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -20,8 +21,10 @@ from lorasc_ds.algorithm import experts, merge
 from lorasc_ds.algorithm.dora import shipped_weight
 from lorasc_ds.algorithm.experts import Pair
 from lorasc_ds.algorithm.ledger import digest
+from lorasc_ds.algorithm.merge import Edit
 from lorasc_ds.algorithm.noise import Purpose, Stream
 from lorasc_ds.algorithm.pruning import pruned_elements
+from lorasc_ds.algorithm.restart import fresh_pairs
 from lorasc_ds.errors import PreemptedError
 from lorasc_ds.method import Pruning
 from lorasc_ds.models import read_weights, save_model
@@ -72,16 +75,23 @@ class LiveWeights:
             for one in weights:
                 one.B.register_hook(lambda gradient, name=one.name: self.projected(gradient, name))
         self.accumulators: dict[str, Tensor] = {}
-        for one in weights:
-            if one.weight.dtype != torch.float32:  # a float32 weight is its own accumulator
-                with backend.edit(one.weight) as part:
+        for parts in self.slices():
+            for one, part in parts:
+                if one.weight.dtype != torch.float32:  # a float32 weight is its own accumulator
                     device = part.flat.device if accumulator == "device" else torch.device("cpu")
                     self.accumulators[one.name] = part.flat.to(device, torch.float32)
+        self.edit_ = merge.edit_through_host_ if accumulator == "host" and self.accumulators else merge.edit_
 
     @property
     def pair_parameters(self) -> list[nn.Parameter]:
         """The trainable parameters of the pairs, in ledger order."""
         return [parameter for one in self.weights for parameter in one.pair]
+
+    def slices(self) -> Iterator[list[tuple[AdaptedWeight, Slice]]]:
+        """The adapted weights and what this process edits of them, as many as the backend has whole at once."""
+        weights = iter(self.weights)
+        for parts in self.backend.edit([one.weight for one in self.weights]):
+            yield [(next(weights), part) for part in parts]
 
     def accumulator_of(self, one: AdaptedWeight, part: Slice) -> Tensor:
         return self.accumulators.get(one.name, part.flat)
@@ -98,45 +108,66 @@ class LiveWeights:
             stds.append(experts.std_of_matrix(whole) if self.processes.main else 0.0)
         return dict(zip(matrices, self.processes.broadcast(stds), strict=True))
 
+    def change(
+        self,
+        pairs: Mapping[str, Pair] | None = None,
+        expert: int = 0,
+        noise_scale: Mapping[str, float] | None = None,
+        virtual: bool = False,
+    ) -> Tensor:
+        """W <- W + D (eq. 12), then W <- W + N (eqs. 7, 8), in one pass over the adapted weights.
+
+        Args:
+            pairs: what is added, by name; None: nothing.
+            expert: the one that the noise is drawn before.
+            noise_scale: c, by name; None: there is no noise.
+            virtual: the accumulators stay as they are.
+
+        Returns:
+            float64 of (2,): what `merge.edit_` returns, over the slices of this process.
+        """
+        squares = []
+        position = itertools.count()
+        for parts in self.slices():
+            edits = [
+                Edit(
+                    part.flat,
+                    self.accumulator_of(one, part),
+                    part.start,
+                    None if pairs is None else pairs[one.name].to(self.accumulator_of(one, part).device),
+                    one.scaling,
+                    self.noise_stream(expert, next(position)),
+                    0.0 if noise_scale is None else noise_scale[one.name],
+                )
+                for one, part in parts
+            ]
+            squares.append(self.edit_(edits, virtual=virtual))
+        return torch.stack(squares).sum(0)
+
     @span("noise")
     def add_noise(self, expert: int, noise_scale: Mapping[str, float]) -> None:
-        """W <- W + N (eqs. 7, 8), with c by name."""
-        for position, one in enumerate(self.weights):
-            with self.backend.edit(one.weight) as part:
-                accumulator = self.accumulator_of(one, part)
-                stream = self.noise_stream(expert, position)
-                merge.add_noise_(accumulator, stream, noise_scale[one.name], part.start)
-                merge.round_into_(part.flat, accumulator)
-        for position, (name, matrix) in enumerate(self.other_matrices.items(), start=len(self.weights)):
-            if name in noise_scale:
-                with self.backend.edit(matrix) as part:
-                    noised = part.flat.float()
-                    merge.add_noise_(noised, self.noise_stream(expert, position), noise_scale[name], part.start)
-                    merge.round_into_(part.flat, noised)
+        """W <- W + N, with c by name; also of the other matrices that have one."""
+        if not any(noise_scale.values()):
+            return
+        self.change(expert=expert, noise_scale=noise_scale)
+        noised = {name: matrix for name, matrix in self.other_matrices.items() if name in noise_scale}
+        position = itertools.count(len(self.weights))
+        names = iter(noised)
+        for parts in self.backend.edit(list(noised.values())) if noised else ():
+            for part in parts:
+                stream, c = self.noise_stream(expert, next(position)), noise_scale[next(names)]
+                merge.edit_([Edit(part.flat, part.flat.float(), part.start, stream=stream, noise_scale=c)])
 
     @span("merge")
     def merge(self, pairs: Mapping[str, Pair]) -> Tensor:
-        """W <- W + D (eq. 12) and B <- 0.
-
-        Returns:
-            float64 of (2,) on the CPU: what `merge.merge_` returns, over the slices of this process.
-        """
-        squares = torch.zeros(2, dtype=torch.float64)
-        for one in self.weights:
-            with self.backend.edit(one.weight) as part:
-                accumulator = self.accumulator_of(one, part)
-                pair = pairs[one.name].to(accumulator.device)
-                squares += merge.merge_(part.flat, accumulator, pair, one.scaling, part.start).cpu()
+        """W <- W + D and B <- 0. Returns what `change` does."""
+        squares = self.change(pairs)
         self.clear_B()
         return squares
 
     def add(self, pairs: Mapping[str, Pair]) -> None:
-        """W <- W + D (eq. 12), to make again what `merge` did once; the pairs that are on the model stay."""
-        for one in self.weights:
-            with self.backend.edit(one.weight) as part:
-                accumulator = self.accumulator_of(one, part)
-                merge.add_delta_(accumulator, pairs[one.name].to(accumulator.device), one.scaling, part.start)
-                merge.round_into_(part.flat, accumulator)
+        """W <- W + D, to make again what `merge` did once; the pairs that are on the model stay."""
+        self.change(pairs)
 
     def write_accumulators(self, slice_of: Callable[[str, int, int], Tensor]) -> None:
         """Set the float32 sums behind the weights, and the weights.
@@ -144,30 +175,22 @@ class LiveWeights:
         Args:
             slice_of: gives the elements [start, stop) of a weight's sums by its name, float32 of (stop - start,).
         """
-        for one in self.weights:
-            with self.backend.edit(one.weight) as part:
+        for parts in self.slices():
+            for one, part in parts:
                 accumulator = self.accumulator_of(one, part)
                 accumulator.copy_(slice_of(one.name, part.start, part.start + part.flat.numel()))
                 merge.round_into_(part.flat, accumulator)
 
-    @contextmanager
-    def as_if_noisy(self, expert: int, noise_scale: Mapping[str, float]) -> Iterator[None]:
+    def as_if_noisy(self, expert: int, noise_scale: Mapping[str, float]) -> AbstractContextManager[None]:
         """Inside, the adapted weights are what `add_noise` would make of them."""
-
-        def write(position: int, part: Slice, accumulator: Tensor) -> None:
-            c = noise_scale[self.weights[position].name]
-            merge.write_noisy_(part.flat, accumulator, self.noise_stream(expert, position), c, part.start)
-
-        with self.undone(write):
-            yield
+        return self.undone(lambda: self.change(expert=expert, noise_scale=noise_scale, virtual=True))
 
     @contextmanager
     def as_if_merged(self, pairs: Mapping[str, Pair], fast: Mapping[str, Pair]) -> Iterator[None]:
         """Inside, the model is what `merge` would make of it; `fast` are the pairs that are on it before and after."""
 
         def restore_B() -> None:
-            for one in self.weights:
-                self.backend.write(one.B, fast[one.name].B)
+            self.backend.write([one.B for one in self.weights], [fast[one.name].B for one in self.weights])
 
         with self.as_if_added(pairs, before=self.clear_B, after=restore_B):
             yield
@@ -179,37 +202,30 @@ class LiveWeights:
         after: Callable[[], None] = lambda: None,
     ) -> AbstractContextManager[None]:
         """Inside, the adapted weights are what `add` would make of them; `before` and `after` as in `undone`."""
-
-        def write(position: int, part: Slice, accumulator: Tensor) -> None:
-            one = self.weights[position]
-            merge.write_merged_(part.flat, accumulator, pairs[one.name].to(accumulator.device), one.scaling, part.start)
-
-        return self.undone(write, before, after)
+        return self.undone(lambda: self.change(pairs, virtual=True), before, after)
 
     @contextmanager
     def undone(
         self,
-        write: Callable[[int, Slice, Tensor], None],
+        write: Callable[[], object],
         before: Callable[[], None] = lambda: None,
         after: Callable[[], None] = lambda: None,
     ) -> Iterator[None]:
         """Inside, the weights in use are what `write` makes of them; after, the accumulators rounded again, to the bit.
 
         Args:
-            write: given a weight's position, its slice and the accumulator, which it leaves as it is.
+            write: sets the adapted weights and leaves the accumulators as they are.
             before, after: called besides, when all is written and when all is undone.
         """
         kept: dict[str, Tensor] = {}
-        for position, one in enumerate(self.weights):
-            with self.backend.edit(one.weight) as part:
-                if one.name not in self.accumulators:
-                    kept[one.name] = part.flat.clone()
-                write(position, part, self.accumulator_of(one, part))
+        for parts in self.slices():
+            kept |= {one.name: part.flat.clone() for one, part in parts if one.name not in self.accumulators}
+        write()
         before()
 
         def undo() -> None:
-            for one in self.weights:
-                with self.backend.edit(one.weight) as part:
+            for parts in self.slices():
+                for one, part in parts:
                     merge.round_into_(part.flat, kept.get(one.name, self.accumulator_of(one, part)))
             after()
 
@@ -223,25 +239,23 @@ class LiveWeights:
         undo()
 
     def clear_B(self) -> None:
-        for one in self.weights:
-            self.backend.write(one.B, torch.zeros(one.shape[0], one.rank, device=self.processes.device))
+        zeros = [torch.zeros((), device=self.processes.device).expand(one.shape[0], one.rank) for one in self.weights]
+        self.backend.write([one.B for one in self.weights], zeros)
 
     def pairs(self) -> dict[str, Pair]:
         """The pairs as they are, whole, by name."""
         return {one.name: Pair(self.backend.read(one.A), self.backend.read(one.B)) for one in self.weights}
 
     def write_pairs(self, pairs: Mapping[str, Pair]) -> None:
-        for one in self.weights:
-            self.backend.write(one.A, pairs[one.name].A)
-            self.backend.write(one.B, pairs[one.name].B)
+        parameters = [parameter for one in self.weights for parameter in (one.A, one.B)]
+        self.backend.write(parameters, [factor for one in self.weights for factor in pairs[one.name]])
 
     def fresh_pairs(self, expert: int) -> dict[str, Pair]:
         """What `expert` begins with, by name."""
-        pairs: dict[str, Pair] = {}
-        for position, one in enumerate(self.weights):
-            stream = Stream(self.seed, expert, position, Purpose.FRESH_A)
-            pairs[one.name] = experts.fresh_pair(stream, *one.shape, rank=one.rank).to(self.processes.device)
-        return pairs
+        streams = [Stream(self.seed, expert, position, Purpose.FRESH_A) for position in range(len(self.weights))]
+        shapes, ranks = [one.shape for one in self.weights], [one.rank for one in self.weights]
+        pairs = fresh_pairs(streams, shapes, ranks, self.processes.device)
+        return dict(zip((one.name for one in self.weights), pairs, strict=True))
 
     def restart_pairs(self, expert: int) -> dict[str, Pair]:
         """Write a fresh pair onto every weight; returned by name."""
@@ -262,9 +276,9 @@ class LiveWeights:
 
     def write_frozen(self, pairs: Mapping[str, Pair]) -> None:
         """Write the parts of the pairs that are not trained, which a checkpoint of what is trained lacks (LoRA-FA)."""
-        for one in self.weights:
-            if not one.A.requires_grad:
-                self.backend.write(one.A, pairs[one.name].A)
+        frozen = [one for one in self.weights if not one.A.requires_grad]
+        if frozen:
+            self.backend.write([one.A for one in frozen], [pairs[one.name].A for one in frozen])
 
     def prune_optimizer(self, expert: int, pruning: Pruning) -> tuple[float, list[str]]:
         """Set a share of the pairs' moments to zero; step counts stay (ReLoRA).
@@ -313,21 +327,21 @@ class LiveWeights:
         }
 
     def write_persistent(self, values: Mapping[str, Tensor]) -> None:
-        for key, parameter in self.outside.items():
-            self.backend.write(parameter, values[key].to(self.processes.device))
+        if self.outside:
+            of_each = [values[key].to(self.processes.device) for key in self.outside]
+            self.backend.write(list(self.outside.values()), of_each)
 
     def copies(self) -> dict[str, Tensor]:
         """This process's slices of the adapted weights in use, in host memory, by name."""
         copies = {}
-        for one in self.weights:
-            with self.backend.edit(one.weight) as part:
-                copies[one.name] = part.flat.to("cpu", copy=True)
+        for parts in self.slices():
+            copies |= {one.name: part.flat.to("cpu", copy=True) for one, part in parts}
         return copies
 
     def write_copies(self, copies: Mapping[str, Tensor]) -> None:
         """Set the adapted weights in use, and not the sums behind them, to what `copies` gave."""
-        for one in self.weights:
-            with self.backend.edit(one.weight) as part:
+        for parts in self.slices():
+            for one, part in parts:
                 part.flat.copy_(copies[one.name])
 
     def checksum(self, tensors: Sequence[nn.Parameter] | None = None) -> str:

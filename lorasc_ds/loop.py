@@ -6,6 +6,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from lorasc_ds.algorithm.plan import Expert
 from lorasc_ds.config import TrainingConfig
 from lorasc_ds.errors import DivergedError, PreemptedError
 from lorasc_ds.profiling import Profile
@@ -47,6 +48,12 @@ def train(
             selection.consider(progress.step, index, None, scores)
             patience.consider(progress.step, scores)
 
+    def turns_to(closed: Progress, expert: Expert) -> Expert | None:
+        """The expert after `expert`, where nothing reads the weights between them."""
+        read = closed.step in preparation.evaluation_steps or safe_points.due(closed) or patience.over
+        last = expert.index == plan.experts
+        return None if last or read or not cascade.can_turn else plan.expert(expert.index + 1)
+
     try:
         evaluate_if_due()
         for expert in progress.remaining(plan):
@@ -64,9 +71,11 @@ def train(
                 safe_points.reached(progress, trainer.stopping.asked() if alone else steps.asked_to_stop)
                 evaluate_if_due()
             steps.settle()
-            tracker.closed(asdict(cascade.close_expert(replace(expert, stop=progress.step))))
-            progress = Progress(progress.step)
-            if not patience.over:
+            closed = Progress(progress.step)
+            following = turns_to(closed, expert)
+            tracker.closed(asdict(cascade.close_expert(replace(expert, stop=closed.step), following)))
+            progress = closed
+            if not patience.over and following is None:
                 safe_points.reached(progress, trainer.stopping.heard(trainer.processes))
                 evaluate_if_due()
     except PreemptedError as reason:

@@ -29,7 +29,7 @@ class Opening:
     noise_intensity: float
     noise_losses: dict[float, float]
     noise_scale: dict[str, float]
-    noise_change: float
+    noise_change: float | None
     pruned: float | None
     choosing_seconds: float | None
     seconds: float
@@ -46,8 +46,9 @@ class Closing:
         std: its standard deviation, by name.
         overlap: cosine between D(slow) and the D(slow) merged before; None at the first expert.
         lost: share of D(slow), in norm, that the weights in use do not show, by rounding.
-        averaging_change: change of the probe's logits as fast becomes slow; 0 with α = 0.
-        drift: change of the probe's logits by the merge alone; bounded.
+        averaging_change: change of the probe's logits as fast becomes slow; 0 with α = 0; None without the checks of
+            `cascade.check_boundaries`.
+        drift: change of the probe's logits by the merge alone; bounded; None likewise.
         choosing_seconds: of `seconds`, spent on candidates; None where there are none.
         seconds: wall time, probes included.
     """
@@ -58,8 +59,8 @@ class Closing:
     std: dict[str, float]
     overlap: float | None
     lost: float
-    averaging_change: float
-    drift: float
+    averaging_change: float | None
+    drift: float | None
     choosing_seconds: float | None
     seconds: float
 

@@ -51,12 +51,16 @@ class SafePoints:
         """
         if asked:
             raise self.trainer.stopping.request(self.trainer.processes)
+        if self.due(progress):
+            self.save(progress)
+
+    def due(self, progress: Progress) -> bool:
+        """Whether a checkpoint is to be written here."""
         every, preparation = self.training.checkpoint_steps, self.trainer.preparation
         last = progress.step == preparation.plan.steps
         if self.training.early_stopping_patience is not None:  # the run may end here, and it may be asked for more
             last = progress.step in preparation.selection_steps
-        if every is not None and progress.phase != "closing" and (progress.step % every == 0 or last):
-            self.save(progress)
+        return every is not None and progress.phase != "closing" and (progress.step % every == 0 or last)
 
     def leave(self, progress: Progress, reason: PreemptedError) -> PreemptedError:
         """Save, because the run was asked to stop.
@@ -197,7 +201,7 @@ def restore_adapters(trainer: Trainer, inside: bool, tensors: Mapping[str, Tenso
     for one in trainer.weights:
         for part, parameter in (("A", one.A), ("B", one.B)):
             if f"{one.name}.{part}" in tensors:
-                backend.write(parameter, tensors[f"{one.name}.{part}"].to(device))
+                backend.write([parameter], [tensors[f"{one.name}.{part}"].to(device)])
     trainer.live.write_persistent(tensors)
     if any(counts.values()):
         kept = kept_parameters(trainer, inside)

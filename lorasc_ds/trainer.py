@@ -107,7 +107,7 @@ class Trainer:
         )
         self.engine.model.train()
         if isinstance(network, ImageClassifier):
-            make_rows(network, self.engine.model, lambda part, value: self.backend.write(head[part], value))
+            make_rows(network, self.engine.model, lambda part, value: self.backend.write([head[part]], [value]))
         elif isinstance(preparation.reading, TextReading):
             models.refuse_bidirectional(config.model, module, self.logits)
             check_layout(self.engine.model, preparation.reading.layout, self.processes.device)
@@ -133,6 +133,7 @@ class Trainer:
             probe=self.probe(),
             dev_loss=self.dev_loss,
             max_boundary_drift=config.cascade.max_boundary_drift,
+            checks=config.cascade.check_boundaries,
         )
 
     def new_ledger(self, commit: str | None, directory: Path, noised: tuple[str, ...]) -> Ledger:

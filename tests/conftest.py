@@ -106,8 +106,8 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Run]:
         closed: list[dict[str, torch.Tensor]] = []
         close_expert = Boundaries.close_expert
 
-        def close_and_copy(self: Boundaries, expert: Any) -> Any:
-            report = close_expert(self, expert)
+        def close_and_copy(self: Boundaries, *experts: Any) -> Any:
+            report = close_expert(self, *experts)
             closed.append({one.name: one.weight.detach().clone() for one in self.weights})
             return report
 

@@ -39,6 +39,7 @@ from engine_measures import (
     planted_fault,
     replayed,
     trained,
+    turned_with_given_pairs,
 )
 from transformers import PreTrainedModel
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
@@ -272,7 +273,11 @@ def run_case(case: Case, model: Path, folder: Path, rank: int) -> dict[str, Any]
         return found | boundary_peak(trainer)
     if case.measure == "growth":
         return found | growth(trainer)
+    base = trainer.live.copies()
     found["given"] = merged_from_given_pairs(trainer)
+    found["ledger"] = trainer.cascade.ledger.sha256()
+    if case.looks_at_the_restart:
+        found["turned"] = turned_with_given_pairs(trainer, base)
     if rank == 0:
         found["replayed"] = replayed(trainer, model)
     found |= trained(trainer)

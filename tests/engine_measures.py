@@ -88,6 +88,23 @@ def merged_from_given_pairs(trainer: Trainer) -> list[str]:
     return digests
 
 
+def turned_with_given_pairs(trainer: Trainer, base: dict[str, Tensor]) -> list[str]:
+    """The same from the pretrained weights again, one pass from expert to expert: the last digest and the ledger's."""
+    cascade, plan = trainer.cascade, trainer.preparation.plan
+    cascade.ledger.experts.clear()
+    trainer.live.write_accumulators(lambda name, start, stop: base[name].float())
+    cascade.checks = False
+    for expert in plan:
+        cascade.open_expert(expert)
+        trainer.live.write_pairs(
+            {one.name: given_pair(expert.index, n, one.shape) for n, one in enumerate(trainer.weights)}
+        )
+        last = expert.index == plan.experts
+        cascade.close_expert(expert, None if last or not cascade.can_turn else plan.expert(expert.index + 1))
+    cascade.checks = True
+    return [trainer.weights_sha256(), cascade.ledger.sha256()]
+
+
 def whole(parameter: Any) -> Tensor:
     """What computes, gathered by DeepSpeed's documented call."""
     if not hasattr(parameter, "ds_id"):
@@ -159,14 +176,12 @@ def planted_fault(trainer: Trainer) -> str:
     plan = trainer.preparation.plan
     write = trainer.backend.write
 
-    def copy_only(parameter: Any, value: Tensor) -> None:
-        if not hasattr(parameter, "ds_id"):
-            parameter.detach().copy_(value)
-            return
+    def copy_only(parameters: list[Any], values: list[Tensor]) -> None:
         from deepspeed.runtime.zero import GatheredParameters
 
-        with GatheredParameters([parameter], modifier_rank=0):
-            parameter.detach().copy_(value)
+        with GatheredParameters(parameters, modifier_rank=0, enabled=hasattr(parameters[0], "ds_id")):
+            for parameter, value in zip(parameters, values, strict=True):
+                parameter.detach().copy_(value)
 
     trainer.training_step(0, LEARNING_RATE)
     trainer.backend.write = copy_only
@@ -259,8 +274,8 @@ def collectives_of(work: Callable[[], None]) -> int:
 
 def edit_all(trainer: Trainer) -> Callable[[], None]:
     def edit() -> None:
-        for one in trainer.weights:
-            with trainer.backend.edit(one.weight) as part:
+        for parts in trainer.backend.edit([one.weight for one in trainer.weights]):
+            for part in parts:
                 part.flat.add_(0)
 
     return edit
@@ -327,7 +342,7 @@ def boundary_peak(trainer: Trainer) -> dict[str, int]:
     logits = trainer.cascade.probe()
     trainer.cascade.probe = lambda: logits
     if hasattr(trainer.backend, "settle"):
-        trainer.backend.settle(trainer.weights[0].weight)
+        trainer.backend.settle([trainer.weights[0].weight])
     with PeakBytes() as boundary:
         trainer.cascade.close_expert(plan.expert(1))
         trainer.cascade.open_expert(plan.expert(2))

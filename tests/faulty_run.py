@@ -12,7 +12,6 @@ import time
 from pathlib import Path
 from typing import Any, NoReturn
 
-from lorasc_ds.algorithm import merge
 from lorasc_ds.algorithm.ledger import Ledger
 from lorasc_ds.checkpoint import Checkpoints
 from lorasc_ds.errors import DivergedError
@@ -45,9 +44,9 @@ def hang(*_: Any, **__: Any) -> NoReturn:
 
 
 FAULTS = {
-    "boundary": (merge, "merge_", fail),
-    "divergence": (merge, "merge_", diverge),
-    "hang": (merge, "merge_", hang),
+    "boundary": (LiveWeights, "merge", fail),
+    "divergence": (LiveWeights, "merge", diverge),
+    "hang": (LiveWeights, "merge", hang),
     "ledger": (Ledger, "append", fill_the_disk),
     "save": (LiveWeights, "save", fail),
     "checkpoint": (Checkpoints, "save", fill_the_disk),

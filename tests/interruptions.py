@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 from lorasc_ds import evaluation, models
-from lorasc_ds.algorithm import merge
 from lorasc_ds.algorithm.ledger import Ledger
 from lorasc_ds.cascade import Boundaries
 from lorasc_ds.live_weights import LiveWeights
@@ -34,9 +33,10 @@ POINTS = {
     "open": (Boundaries, "open_expert"),
     "step": (Trainer, "training_step"),
     "close": (Boundaries, "close_expert"),
-    "noise": (merge, "add_noise_"),  # each weight
-    "merge": (merge, "merge_"),  # each weight
-    "replay": (merge, "add_delta_"),
+    "noise": (LiveWeights, "add_noise"),
+    "merge": (LiveWeights, "merge"),
+    "clear": (LiveWeights, "clear_B"),  # between the weights and the pairs
+    "replay": (LiveWeights, "add"),
     "append": (Ledger, "append"),
     "evaluate": (evaluation, "token_log_probabilities"),  # each batch
     "ship": (LiveWeights, "save"),

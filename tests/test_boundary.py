@@ -18,6 +18,7 @@ from lorasc_ds import cascade as cascade_module
 from lorasc_ds import live_weights
 from lorasc_ds import trainer as trainer_module
 from lorasc_ds.algorithm.ledger import Ledger, digest
+from lorasc_ds.algorithm.merge import Edit
 from lorasc_ds.cli import parse_command_line
 from lorasc_ds.errors import DivergedError
 from lorasc_ds.models import QUICKSTART_BASE, load_model
@@ -94,12 +95,12 @@ def test_a_wrong_scaling_in_the_merge_stops_the_run(
     run: Start, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, dtype: str, wrong: float
 ) -> None:
     """In bfloat16, where rounding alone moves logits, a scaling that is forgotten or counted twice is seen."""
-    merge_ = live_weights.merge.merge_
-    monkeypatch.setattr(
-        live_weights.merge,
-        "merge_",
-        lambda storage, acc, pair, s, start: merge_(storage, acc, pair, wrong * s, start),
-    )
+    edit_ = live_weights.merge.edit_
+
+    def edit_wrongly_(edits: list[Edit], *, virtual: bool = False) -> torch.Tensor:
+        return edit_([one._replace(scaling=wrong * one.scaling) for one in edits], virtual=virtual)
+
+    monkeypatch.setattr(live_weights.merge, "edit_", edit_wrongly_)
     for number, strategy in enumerate(("cascade", "lorasc")):  # found with averaging and noise on, too
         with pytest.raises(DivergedError, match="merging it changed the probe's logits"):
             run(**CASCADE, **{"cascade.strategy": strategy, "model.dtype": dtype})
@@ -203,3 +204,30 @@ def test_a_number_that_is_not_finite_keeps_the_step_from_being_taken(
 def test_noise_that_drowns_the_model_is_named(run: Start) -> None:
     with pytest.raises(DivergedError, match=r"expert 2: after the noise .* lower cascade\.noise_intensity \(1e\+40\)"):
         run(**{"cascade.noise_intensity": 1e40})
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_turning_from_expert_to_expert_in_one_pass_changes_no_bit(
+    run: Start, monkeypatch: pytest.MonkeyPatch, dtype: str
+) -> None:
+    """Three experts in two epochs, so that a boundary lies where nothing is scored."""
+    passes: list[list[bool]] = []
+    change = live_weights.LiveWeights.change
+
+    def count(self: Any, pairs: Any = None, expert: int = 0, noise_scale: Any = None, virtual: bool = False) -> Any:
+        if not virtual:
+            passes[-1].append(pairs is not None and noise_scale is not None)
+        return change(self, pairs, expert, noise_scale, virtual)
+
+    monkeypatch.setattr(live_weights.LiveWeights, "change", count)
+    settings = CASCADE | {"cascade.experts": 3, "training.epochs": 2, "model.dtype": dtype}
+    ends = []
+    for check in (True, False):
+        passes.append([])
+        done = run(**settings, **{"cascade.check_boundaries": str(check).lower()})
+        ledger = (done.directory / "ledger" / "ledger.json").read_text()
+        ends.append((done.summary["weights_sha256"], done.summary["eval"], ledger))
+        unchecked = [record["drift"] is None for record in done.metrics("close")]
+        assert unchecked == [not check] * 3
+    assert ends[0] == ends[1]
+    assert passes == [[False] * 5, [True, True, False]]  # three merges and two noises; two turns and the last merge

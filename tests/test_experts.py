@@ -10,6 +10,7 @@ import torch
 from lorasc_ds.algorithm import experts
 from lorasc_ds.algorithm.experts import Pair
 from lorasc_ds.algorithm.noise import Purpose, Stream
+from lorasc_ds.algorithm.restart import fresh_pairs
 
 
 def random_pair(out: int, in_: int, rank: int, seed: int = 0) -> Pair:
@@ -22,7 +23,7 @@ def dense(pair: Pair, s: float) -> torch.Tensor:
 
 
 def test_fresh_pair_is_drawn_as_written_down() -> None:
-    pair = experts.fresh_pair(Stream(9, 2, 1, Purpose.FRESH_A), out_features=6, in_features=10, rank=3)
+    pair = fresh_pairs([Stream(9, 2, 1, Purpose.FRESH_A)], [(6, 10)], [3])[0]
     assert np.array_equal(pair.A.numpy(), reference.fresh_A(3, 10, weight=1, expert=2, seed=9))
     assert pair.B.shape == (6, 3)
     assert not pair.B.any()
@@ -30,7 +31,7 @@ def test_fresh_pair_is_drawn_as_written_down() -> None:
 
 def test_fresh_pair_follows_kaiming_uniform() -> None:
     """kaiming_uniform(a=√5) is uniform in ±1/√in."""
-    A = experts.fresh_pair(Stream(0, 1, 0, Purpose.FRESH_A), 4, 400, 100).A
+    A = fresh_pairs([Stream(0, 1, 0, Purpose.FRESH_A)], [(4, 400)], [100])[0].A
     assert A.abs().max() <= 1 / 20
     assert A.abs().max() > 0.999 / 20
     assert A.double().var() == pytest.approx(1 / (3 * 400), rel=0.02)
@@ -39,7 +40,7 @@ def test_fresh_pair_follows_kaiming_uniform() -> None:
 @pytest.mark.parametrize("retention", [0.0, 0.5, 0.6, 0.8, 1 / 3])
 def test_slow_update_rounds_once(retention: float) -> None:
     slow, fast = random_pair(7, 9, 4), random_pair(7, 9, 4, seed=1)
-    updated = experts.slow_update(slow, fast, retention)
+    (updated,) = experts.slow_updates([slow], [fast], retention)
     for new, old_slow, old_fast in zip(updated, slow, fast, strict=True):
         assert np.array_equal(new.numpy(), reference.average(old_slow.numpy(), old_fast.numpy(), retention))
 
@@ -55,7 +56,7 @@ PAIRS = {
 @pytest.mark.parametrize("name", PAIRS)
 def test_statistics_match_the_dense_matrix(name: str) -> None:
     pair, s = PAIRS[name], 0.5
-    statistics = experts.delta_statistics(pair, s)
+    statistics = experts.delta_statistics([pair], [s])[0]
     matrix = dense(pair, s)
     assert statistics.mean == pytest.approx(float(matrix.mean()), rel=1e-9, abs=1e-12)
     assert statistics.std == pytest.approx(float(matrix.std(correction=0)), rel=1e-6)
@@ -63,14 +64,15 @@ def test_statistics_match_the_dense_matrix(name: str) -> None:
 
 
 def test_noise_scale_is_lambda_std_in_float32() -> None:
-    pair = random_pair(20, 30, 4)
-    assert experts.noise_scale(experts.std_of_delta(pair, 2.0), 0.1) == reference.noise_scale(
-        pair.A.numpy(), pair.B.numpy(), 2.0, 0.1
-    )
-    assert experts.noise_scale(experts.std_of_delta(Pair(pair.A, torch.zeros_like(pair.B)), 2.0), 0.1) == 0.0
+    pairs = [random_pair(20, 30, 4), random_pair(11, 30, 4), random_pair(20, 30, 4, seed=2)]  # two have one shape
+    zero = Pair(pairs[0].A, torch.zeros_like(pairs[0].B))
+    statistics = experts.delta_statistics([*pairs, zero], [2.0, 0.5, 1.0, 2.0])
+    scales = [experts.noise_scale(of_one.std, 0.1) for of_one in statistics]
+    of_pairs = zip(pairs, (2.0, 0.5, 1.0), strict=True)
+    assert scales == [*(reference.noise_scale(pair.A.numpy(), pair.B.numpy(), s, 0.1) for pair, s in of_pairs), 0.0]
 
 
 def test_inner_product_matches_the_dense_matrices() -> None:
     one, other = random_pair(20, 30, 4), random_pair(20, 30, 4, seed=1)
     expected = float((dense(one, 2.0) * dense(other, 2.0)).sum())
-    assert experts.delta_inner_product(one, other, 2.0) == pytest.approx(expected, rel=1e-12)
+    assert experts.delta_inner_products([one], [other], [2.0]) == pytest.approx([expected], rel=1e-12)

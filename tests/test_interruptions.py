@@ -39,13 +39,13 @@ KILLED = [
     "rename checkpoints/step_00000003_training#1:before",
     "rename checkpoints/step_00000003_training#1:after",
     "remove checkpoints/step_00000003_training#1:before",  # the rotation
-    "merge#12:after",  # within the second boundary
+    "clear#2:before",  # within the second boundary
     "replace ledger/expert_0002.safetensors#1:after",
-    "noise#13:before",
+    "noise#3:before",
     "evaluate#11:before",
     "rename model#1:before",
 ]
-STOPPED = ["load#1:after", "merge#4:after", "evaluate#8:before", "rename checkpoints/step_00000003_training#1:before"]
+STOPPED = ["load#1:after", "merge#1:after", "evaluate#8:before", "rename checkpoints/step_00000003_training#1:before"]
 TWICE = "step#5:before"
 FULL = [f"fsync {SAVE}/tensors.safetensors#1:before"]
 

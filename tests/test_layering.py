@@ -15,6 +15,7 @@ OWNERS = {  # engine -> the places that may import it
     "deepspeed": ("sharding/",),
     "lm_eval": ("harness.py",),
     "torch.distributed": ("sharding/",),
+    "triton": ("algorithm/triton_kernels.py",),
     "accelerate": ("sharding/", "run.py", "trainer.py", "subject.py"),
     "pydantic": (
         "section.py",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,11 +13,16 @@ from test_experts import random_pair
 
 from lorasc_ds.algorithm import merge
 from lorasc_ds.algorithm.experts import Pair
+from lorasc_ds.algorithm.merge import Edit
 from lorasc_ds.algorithm.noise import Purpose, Stream
 
 
 def weight(out: int = 301, in_: int = 211) -> torch.Tensor:
     return torch.randn(out * in_, generator=torch.Generator().manual_seed(5)) * 0.02
+
+
+def add_(accumulator: torch.Tensor, start: int = 0, **what: Any) -> None:
+    merge.edit_([Edit(accumulator, accumulator, start, **what)])
 
 
 @pytest.mark.parametrize("rank", [1, 8])
@@ -28,14 +34,14 @@ def test_delta_agrees_with_a_plain_loop_in_every_slicing(rank: int) -> None:
         edges = [0, *cuts, len(base)]
         sliced = base.clone()
         for start, stop in pairwise(edges):
-            merge.add_delta_(sliced[start:stop], pair, 0.7, start)
+            add_(sliced[start:stop], start, pair=pair, scaling=0.7)
         assert np.array_equal(sliced.view(301, 211).numpy(), expected)
 
 
 def test_delta_is_within_one_rounding_of_dense_float64() -> None:
     pair = random_pair(301, 211, 8)
     got = torch.zeros(301 * 211)
-    merge.add_delta_(got, pair, 0.7)
+    add_(got, pair=pair, scaling=0.7)
     exact = 0.7 * pair.B.double() @ pair.A.double()
     assert torch.all((got.view(301, 211).double() - exact).abs() <= exact.abs() * 2**-24 * (1 + 1e-6) + 1e-14)
 
@@ -43,7 +49,7 @@ def test_delta_is_within_one_rounding_of_dense_float64() -> None:
 def test_delta_is_added_even_where_it_is_zero() -> None:
     """-0.0 + 0.0 is +0.0: leaving a zero delta out would give other bits."""
     minus_zero = torch.full((6,), -0.0)
-    merge.add_delta_(minus_zero, Pair(torch.zeros(1, 3), torch.zeros(2, 1)), 1.0)
+    add_(minus_zero, pair=Pair(torch.zeros(1, 3), torch.zeros(2, 1)))
     assert not torch.signbit(minus_zero).any()
 
 
@@ -53,11 +59,11 @@ def test_closing_virtual_closing_and_undoing_agree(dtype: torch.dtype) -> None:
     storage = weight().to(dtype)
     accumulator = storage if dtype == torch.float32 else storage.float()
     before = storage.clone()
-    merge.write_merged_(storage, accumulator, pair, 0.01)
+    merge.edit_([Edit(storage, accumulator, pair=pair, scaling=0.01)], virtual=True)
     virtual = storage.clone()
     merge.round_into_(storage, before if dtype == torch.float32 else accumulator)
     assert torch.equal(storage, before)
-    squares = merge.merge_(storage, accumulator, pair, 0.01)
+    squares = merge.edit_([Edit(storage, accumulator, pair=pair, scaling=0.01)])
     assert torch.equal(storage, virtual)
     assert torch.equal(storage, accumulator.to(dtype))
     change = reference.delta(pair.A.numpy(), pair.B.numpy(), 0.01).ravel().astype(np.float64)
@@ -76,8 +82,7 @@ def test_one_to_four_threads_give_the_same_bits() -> None:
             torch.set_num_threads(threads)
             storage = weight(2048, 512).bfloat16()
             accumulator = storage.float()
-            merge.merge_(storage, accumulator, pair, 0.01)
-            merge.round_into_(storage, accumulator)
+            merge.edit_([Edit(storage, accumulator, pair=pair, scaling=0.01)])
             merged.append((storage, accumulator))
     finally:
         torch.set_num_threads(before)
@@ -96,7 +101,7 @@ def test_ten_small_experts_survive_bfloat16() -> None:
     for index in range(10):
         pair = random_pair(out, in_, 8, seed=index)
         s = 0.003 * 0.02 / np.sqrt(8)
-        merge.merge_(storage, accumulator, pair, s)
+        merge.edit_([Edit(storage, accumulator, pair=pair, scaling=s)])
         exact += (s * pair.B.double() @ pair.A.double()).view(-1)
         naive += (s * pair.B @ pair.A).view(-1)
     one_rounding = exact.to(torch.bfloat16).double() - exact
@@ -113,8 +118,8 @@ def test_noise_and_experts_agree_with_plain_loops_over_three_boundaries() -> Non
     expected = accumulator.view(out, in_).numpy().copy()
     for expert in (1, 2, 3):
         pair = random_pair(out, in_, 2, seed=expert)
-        merge.add_noise_(accumulator, Stream(7, expert, 4, Purpose.NOISE), 0.013)
-        merge.add_delta_(accumulator, pair, s)
+        add_(accumulator, stream=Stream(7, expert, 4, Purpose.NOISE), noise_scale=0.013)
+        add_(accumulator, pair=pair, scaling=s)
         c = float(np.float32(0.013))
         expected = reference.add(expected, reference.noise((out, in_), c, 4, expert, 7))
         expected = reference.add(expected, reference.delta(pair.A.numpy(), pair.B.numpy(), s))

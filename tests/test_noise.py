@@ -10,10 +10,15 @@ import pytest
 import reference
 import torch
 
-from lorasc_ds.algorithm.merge import add_noise_
+from lorasc_ds.algorithm.merge import Edit, edit_, edit_eagerly_
 from lorasc_ds.algorithm.noise import Purpose, Stream, philox_4x32, uniform, words
 
 STREAM = Stream(seed=2**40 + 17, expert=3, weight=5, purpose=Purpose.NOISE)
+
+
+def add_noise_(weight: torch.Tensor, start: int = 0, c: float = 0.1) -> None:
+    edit_([Edit(weight, weight, start, stream=STREAM, noise_scale=c)])
+
 
 KNOWN_ANSWERS = [  # Random123, kat_vectors, philox4x32 10
     ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
@@ -46,14 +51,14 @@ def test_streams_differ_in_every_part() -> None:
         Stream(STREAM.seed, 3, 6, Purpose.NOISE),
         Stream(STREAM.seed, 3, 5, Purpose.FRESH_A),
     ]
-    assert len({tuple(uniform(stream, 8).tolist()) for stream in streams}) == len(streams)
+    assert len({tuple(uniform(stream, 0, 8).tolist()) for stream in streams}) == len(streams)
 
 
 def test_noise_has_the_moments_of_its_law() -> None:
     """Uniform in ±c/2: mean 0, variance c²/12; with n draws the mean is within 5 of its standard errors."""
     n, c = 1_000_000, 0.25
     noise = torch.zeros(n)
-    add_noise_(noise, STREAM, c)
+    add_noise_(noise, c=c)
     values = noise.double()
     assert values.min() >= -c / 2
     assert values.max() < c / 2
@@ -68,12 +73,12 @@ def test_every_slicing_gives_the_same_bits() -> None:
     size = 70_001  # more than one chunk, and no multiple of four
     whole = torch.randn(size, generator=torch.Generator().manual_seed(0))
     base = whole.clone()
-    add_noise_(whole, STREAM, 0.1)
+    add_noise_(whole)
     for pieces in (2, 3, 7, 40):
         cuts = [0, *sorted(rng.choice(size, pieces - 1, replace=False).tolist()), size]
         parts = base.clone()
         for start, stop in pairwise(cuts):
-            add_noise_(parts[start:stop], STREAM, 0.1, start)
+            add_noise_(parts[start:stop], start)
         assert torch.equal(parts, whole)
 
 
@@ -83,21 +88,21 @@ def test_one_to_four_threads_give_the_same_bits() -> None:
     try:
         for threads in (1, 2, 3, 4):
             torch.set_num_threads(threads)
-            drawn.append(uniform(STREAM, 100_000))
+            drawn.append(uniform(STREAM, 0, 100_000))
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(drawn[0], other) for other in drawn[1:])
 
 
 def test_a_4096_square_is_drawn_well_under_three_seconds() -> None:
-    """About 0.45 s was measured on two cores; the bound leaves room for a loaded machine."""
+    """In eager torch, where there is no compiler: about 0.45 s; the processor's time, for a machine may be busy."""
     weight = torch.zeros(4096 * 4096)
-    began = time.perf_counter()
-    add_noise_(weight, STREAM, 0.1)
-    assert time.perf_counter() - began < 2.0
+    began = time.process_time()
+    edit_eagerly_([Edit(weight, weight, stream=STREAM, noise_scale=0.1)])
+    assert time.process_time() - began < 2.0
 
 
 def test_no_noise_writes_nothing() -> None:
     weight = torch.full((8,), -0.0)
-    add_noise_(weight, STREAM, 0.0)
+    add_noise_(weight, c=0.0)
     assert torch.signbit(weight).all()

@@ -1,4 +1,4 @@
-"""The expert: a LoRA pair, fresh, averaged, measured. Pure functions on float32 pairs.
+"""The expert: a LoRA pair, averaged and measured. Pure functions on float32 pairs.
 
 Shapes are PEFT's: `A (rank, in)`, `B (out, rank)`, `W (out, in)`, and the change a pair makes to a weight
 is `D(A, B) = s·B·A` with the scaling `s`.
@@ -7,12 +7,12 @@ is `D(A, B) = s·B·A` with the scaling `s`.
 from __future__ import annotations
 
 import math
+from collections import defaultdict
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-
-from lorasc_ds.algorithm.noise import Stream, uniform
 
 
 class Pair(NamedTuple):
@@ -22,34 +22,24 @@ class Pair(NamedTuple):
     B: Tensor
 
     def to(self, device: torch.device) -> Pair:
-        return Pair(self.A.to(device), self.B.to(device))
+        return self if self.A.device == device else Pair(self.A.to(device), self.B.to(device))
 
 
-def fresh_pair(stream: Stream, out_features: int, in_features: int, rank: int) -> Pair:
-    """A new expert: `A` as kaiming_uniform(a=√5) draws it, uniform in ±1/√in, and `B = 0`.
-
-    The numbers come from `stream`, so that every rank and every replay draws the same.
-    """
-    # 2u - 1 has 24 bits: exact in float32, so that one float32 product rounds once, as in float64.
-    bound = torch.tensor(1.0 / math.sqrt(in_features), dtype=torch.float32)
-    symmetric = uniform(stream, rank * in_features).mul_(2.0).sub_(1.0)
-    return Pair(symmetric.mul_(bound).view(rank, in_features), torch.zeros(out_features, rank))
-
-
-def slow_update(slow: Pair, fast: Pair, slow_retention: float) -> Pair:
+def slow_updates(slow: Sequence[Pair], fast: Sequence[Pair], slow_retention: float) -> list[Pair]:
     """slow <- α·slow + (1-α)·fast, for A and B each, not for their product (eqs. 10 and 11).
 
     α and 1-α are rounded to float32; the sum is taken in float64 and rounded once.
     """
-    keep = torch.tensor(slow_retention, dtype=torch.float32).double()
-    take = (1.0 - keep).float().double()
+    keep = torch.tensor(slow_retention, dtype=torch.float32).double().item()
+    take = torch.tensor(1.0 - keep, dtype=torch.float32).double().item()
+    average = flat(slow).double().mul_(keep).add_(flat(fast).double().mul_(take)).float()
+    factors = iter(average.split([factor.numel() for pair in fast for factor in pair]))
+    return [Pair(next(factors).view(pair.A.shape), next(factors).view(pair.B.shape)) for pair in fast]
 
-    def average(slow_factor: Tensor, fast_factor: Tensor) -> Tensor:
-        device = slow_factor.device
-        total = keep.to(device) * slow_factor.double() + take.to(device) * fast_factor.double()
-        return total.float()
 
-    return Pair(average(slow.A, fast.A), average(slow.B, fast.B))
+def flat(pairs: Sequence[Pair]) -> Tensor:
+    """All factors end to end."""
+    return torch.cat([factor.detach().reshape(-1) for pair in pairs for factor in pair])
 
 
 class DeltaStatistics(NamedTuple):
@@ -60,32 +50,47 @@ class DeltaStatistics(NamedTuple):
     norm: float
 
 
-def delta_statistics(pair: Pair, scaling: float) -> DeltaStatistics:
-    """Mean, std and Frobenius norm of `D(A, B)` from Gram matrices in float64, without forming the product.
+def delta_statistics(pairs: Sequence[Pair], scalings: Sequence[float]) -> list[DeltaStatistics]:
+    """Mean, std and Frobenius norm of every `D(A, B)` from Gram matrices in float64, without forming the products.
 
     With a = the row means of A, b = the column means of B, A' and B' what is left of them,
     `B·A = (b·a) + 1·(b·A') + (B'·a)·1ᵀ + B'·A'` has four orthogonal terms, so the variance is a sum of
     squares. It equals E[x²] - mean² with E[x²] = sum(BᵀB ∘ AAᵀ)/(out·in) and loses no digits where the
-    mean is large.
+    mean is large. Computed on the CPU, pairs of one shape together.
     """
-    A, B = pair.A.detach().double().cpu(), pair.B.detach().double().cpu()
-    out_features, in_features = B.shape[0], A.shape[1]
-    a, b = A.mean(dim=1), B.mean(dim=0)
-    centred_A, centred_B = A - a[:, None], B - b
-    mean = float(b @ a)
-    variance = float(
-        (b @ centred_A).square().sum() / in_features
-        + (centred_B @ a).square().sum() / out_features
-        + ((centred_B.T @ centred_B) * (centred_A @ centred_A.T)).sum() / (out_features * in_features)
-    )
-    variance = max(0.0, variance)
-    norm = math.sqrt(out_features * in_features * (variance + mean * mean))
-    return DeltaStatistics(scaling * mean, scaling * math.sqrt(variance), scaling * norm)
+    found: dict[int, DeltaStatistics] = {}
+    for places in alike(pairs):
+        A, B = stacked(pairs, places)
+        out_features, in_features = B.shape[1], A.shape[2]
+        a, b = A.mean(dim=2, keepdim=True), B.mean(dim=1, keepdim=True)
+        centred_A, centred_B = A - a, B - b
+        mean = (b @ a).flatten()
+        variance = (
+            (b @ centred_A).square().sum((1, 2)) / in_features
+            + (centred_B @ a).square().sum((1, 2)) / out_features
+            + ((centred_B.mT @ centred_B) * (centred_A @ centred_A.mT)).sum((1, 2)) / (out_features * in_features)
+        ).clamp_(min=0.0)
+        norm = (out_features * in_features * (variance + mean * mean)).sqrt()
+        of_each = torch.stack([mean, variance.sqrt(), norm], dim=1).tolist()
+        found |= {
+            place: DeltaStatistics(*(scalings[place] * value for value in values))
+            for place, values in zip(places, of_each, strict=True)
+        }
+    return [found[place] for place in range(len(pairs))]
 
 
-def std_of_delta(pair: Pair, scaling: float) -> float:
-    """The standard deviation over all out·in entries of `D(A, B)` (eq. 8 needs it)."""
-    return delta_statistics(pair, scaling).std
+def alike(pairs: Sequence[Pair]) -> list[list[int]]:
+    """Positions of the pairs, those of one shape together."""
+    places = defaultdict(list)
+    for place, pair in enumerate(pairs):
+        places[pair.A.shape, pair.B.shape].append(place)
+    return list(places.values())
+
+
+def stacked(pairs: Sequence[Pair], places: Sequence[int]) -> Pair:
+    """`A (n, rank, in)` and `B (n, out, rank)` of n pairs of one shape, float64, on the CPU."""
+    A, B = (torch.stack([pairs[place][part].detach() for place in places]) for part in (0, 1))
+    return Pair(A.cpu().double(), B.cpu().double())
 
 
 def std_of_matrix(weight: Tensor) -> float:
@@ -101,7 +106,7 @@ def std_of_matrix(weight: Tensor) -> float:
 
 
 def noise_scale(std: float, noise_intensity: float) -> float:
-    """c = float32(λ·std): the width of the noise (eqs. 7 and 8), with `std_of_delta` or `std_of_matrix`."""
+    """c = float32(λ·std): the width of the noise (eqs. 7 and 8), from `delta_statistics` or `std_of_matrix`."""
     return torch.tensor(noise_intensity * std, dtype=torch.float32).item()
 
 
@@ -120,8 +125,11 @@ def gradient_projection(A: Tensor, scaling: float) -> Tensor:
     return (torch.linalg.inv(regular) / scaling**2).float().contiguous().to(A.device)
 
 
-def delta_inner_product(one: Pair, other: Pair, scaling: float) -> float:
-    """⟨D(one), D(other)⟩ over all entries, from r×r products in float64, without forming either."""
-    left = one.B.detach().double().cpu().T @ other.B.detach().double().cpu()
-    right = one.A.detach().double().cpu() @ other.A.detach().double().cpu().T
-    return scaling * scaling * float((left * right).sum())
+def delta_inner_products(one: Sequence[Pair], other: Sequence[Pair], scalings: Sequence[float]) -> list[float]:
+    """⟨D(one), D(other)⟩ over all entries, for every two of one weight, from r×r products in float64."""
+    products = torch.empty(len(one), dtype=torch.float64)
+    for places in alike(one):
+        first, second = stacked(one, places), stacked(other, places)
+        inner = (first.B.mT @ second.B) * (first.A @ second.A.mT)
+        products[places] = inner.sum((1, 2))
+    return [s * s * product for s, product in zip(scalings, products.tolist(), strict=True)]

@@ -19,7 +19,7 @@ from torch import Tensor
 from lorasc_ds.algorithm.experts import Pair
 from lorasc_ds.algorithm.files import sha256_of_file
 from lorasc_ds.algorithm.ledger_files import Adapter, Base, ExpertRecord, LedgerError, LedgerFiles, Snapshot
-from lorasc_ds.algorithm.merge import add_delta_, add_noise_
+from lorasc_ds.algorithm.merge import Edit, edit_
 from lorasc_ds.algorithm.noise import Purpose, Stream
 from lorasc_ds.algorithm.tensor_files import bytes_of, digest, write_tensors
 
@@ -215,8 +215,9 @@ class Ledger(LedgerFiles):
         for record, file in files:
             if noise:
                 stream = Stream(self.seed, record.index, self.weights.index(name), Purpose.NOISE)
-                add_noise_(accumulator, stream, record.noise_scale[name])
-            add_delta_(accumulator, read_pair(file, name), self.adapter.scaling)
+                edit_([Edit(accumulator, accumulator, stream=stream, noise_scale=record.noise_scale[name])])
+            pair, scaling = read_pair(file, name), self.adapter.scaling
+            edit_([Edit(accumulator, accumulator, pair=pair, scaling=scaling)])
         return accumulator
 
     def replay_noised(
@@ -228,5 +229,6 @@ class Ledger(LedgerFiles):
             base = base_weight(name)
             noised = base.detach().flatten().to(torch.float32, copy=True)
             for record in records:
-                add_noise_(noised, Stream(self.seed, record.index, position, Purpose.NOISE), record.noise_scale[name])
+                stream = Stream(self.seed, record.index, position, Purpose.NOISE)
+                edit_([Edit(noised, noised, stream=stream, noise_scale=record.noise_scale[name])])
             yield name, noised.to(base.dtype).view(base.shape)

@@ -22,5 +22,5 @@ def pruned_elements(first_moment: Tensor, method: str, fraction: float, stream: 
     count = first_moment.numel()
     if method == "full":
         return torch.arange(count, device=first_moment.device)
-    rank_by = first_moment.abs().flatten() if method == "magnitude" else uniform(stream, count, first_moment.device)
+    rank_by = first_moment.abs().flatten() if method == "magnitude" else uniform(stream, 0, count, first_moment.device)
     return torch.argsort(rank_by, stable=True)[: round(fraction * count)]

@@ -5,7 +5,7 @@ All methods are collective: every process calls them in one order.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import NamedTuple, Protocol
 
@@ -63,8 +63,11 @@ class Backend(Protocol):
     merge_path: str
     """`local` or `gather`, and the reason: one line."""
 
-    def edit(self, weight: nn.Parameter) -> AbstractContextManager[Slice]:
-        """Change a frozen weight in place; on exit every forward pass sees the change."""
+    def edit(self, weights: Sequence[nn.Parameter]) -> Iterator[list[Slice]]:
+        """Change frozen weights in place: slices of as many as may be whole at once, in order, until all have come.
+
+        When the next ones are asked for, every forward pass sees the change.
+        """
         ...
 
     def full(self, tensor: Tensor) -> Tensor:
@@ -78,8 +81,8 @@ class Backend(Protocol):
         """A copy of a parameter of the adapters, whole, in float32: of its master, where it is trained."""
         ...
 
-    def write(self, parameter: nn.Parameter, value: Tensor) -> None:
-        """Set a parameter of the adapters everywhere it lives: the master and the copy that computes."""
+    def write(self, parameters: Sequence[nn.Parameter], values: Sequence[Tensor]) -> None:
+        """Set parameters of the adapters everywhere they live: the masters and the copies that compute."""
         ...
 
     def holds(self, parameter: nn.Parameter, value: Tensor) -> bool:

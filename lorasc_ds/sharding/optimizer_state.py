@@ -75,15 +75,17 @@ def empty_(optimizer: Any, parameters: Sequence[nn.Parameter]) -> None:
     Zeroed, not removed: AdamW's zero state is its first state, nothing is allocated anew, and what an engine
     has linked to the tensors stays linked.
     """
-    keys = set()
+    keys, tensors = set(), []
     for unit in restarting(optimizer, parameters):
         keys.add(id(unit.key))
         state = optimizer.state.get(unit.key, {})
         for name, value in state.items():
             if isinstance(value, Tensor):
-                value.zero_()
+                tensors.append(value)
             else:
                 state[name] = type(value)(0)
+    if tensors:
+        torch._foreach_zero_(tensors)  # pyright: ignore[reportPrivateImportUsage]
     for group in optimizer.param_groups:
         if "step" in group and all(id(key) in keys for key in group["params"]):
             group["step"] = 0  # fused optimizers begin a new state's count there

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import cast
 
 import torch
@@ -26,9 +25,8 @@ class ReplicatedBackend(OptimizerVerbs):
 
     merge_path = "local: every process holds the weights whole"
 
-    @contextmanager
-    def edit(self, weight: nn.Parameter) -> Iterator[Slice]:
-        yield Slice(weight.detach().view(-1), 0)
+    def edit(self, weights: Sequence[nn.Parameter]) -> Iterator[list[Slice]]:
+        yield [Slice(weight.detach().view(-1), 0) for weight in weights]
 
     def full(self, tensor: Tensor) -> Tensor:
         return tensor.detach()
@@ -36,8 +34,8 @@ class ReplicatedBackend(OptimizerVerbs):
     def read(self, parameter: nn.Parameter) -> Tensor:
         return parameter.detach().to(torch.float32, copy=True)
 
-    def write(self, parameter: nn.Parameter, value: Tensor) -> None:
-        parameter.detach().copy_(value)
+    def write(self, parameters: Sequence[nn.Parameter], values: Sequence[Tensor]) -> None:
+        torch._foreach_copy_([parameter.detach() for parameter in parameters], list(values))  # pyright: ignore[reportPrivateImportUsage]
 
     def holds(self, parameter: nn.Parameter, value: Tensor) -> bool:
         return torch.equal(parameter.detach(), value.to(parameter.device, parameter.dtype))
@@ -71,12 +69,13 @@ class ZeroBackend(ReplicatedBackend):
             return super().read(parameter)
         return cast(Tensor, safe_get_full_fp32_param(parameter))
 
-    def write(self, parameter: nn.Parameter, value: Tensor) -> None:
+    def write(self, parameters: Sequence[nn.Parameter], values: Sequence[Tensor]) -> None:
         from deepspeed.utils import safe_set_full_fp32_param
 
-        super().write(parameter, value)
-        if parameter.requires_grad:
-            safe_set_full_fp32_param(parameter, value.to(parameter.device))
+        super().write(parameters, values)
+        for parameter, value in zip(parameters, values, strict=True):
+            if parameter.requires_grad:
+                safe_set_full_fp32_param(parameter, value.to(parameter.device))
 
     def holds(self, parameter: nn.Parameter, value: Tensor) -> bool:
         from deepspeed.utils import safe_get_full_fp32_param

@@ -28,6 +28,8 @@ from lorasc_ds.sharding.engines import keep_scalars_whole
 from lorasc_ds.sharding.optimizer_state import OptimizerVerbs, moment_names
 from lorasc_ds.sharding.replicated import bit_sum
 
+FEW = 1 << 20  # elements
+
 
 @contextmanager
 def cutting_no_scalars() -> Iterator[None]:
@@ -50,19 +52,21 @@ class Zero3Backend(OptimizerVerbs):
 
     merge_path = ""
 
-    def settle(self, parameter: nn.Parameter) -> None:
+    def settle(self, parameters: Sequence[nn.Parameter]) -> None:
         """Leave nothing gathered, as a forward pass does: an edit of a slice alone would not be seen, and be lost."""
-        if cast(Any, parameter).ds_status != ZeroParamStatus.NOT_AVAILABLE:
+        if any(cast(Any, one).ds_status != ZeroParamStatus.NOT_AVAILABLE for one in parameters):
             self.optimizer.empty_partition_cache()
-        if cast(Any, parameter).ds_status != ZeroParamStatus.NOT_AVAILABLE:
-            raise RuntimeError(
-                f"{cast(Any, parameter).ds_summary()} stays gathered between steps: this DeepSpeed is not the 0.19 that"
-                " edits are made for"
-            )
+        for one in parameters:
+            if cast(Any, one).ds_status != ZeroParamStatus.NOT_AVAILABLE:
+                raise RuntimeError(
+                    f"{cast(Any, one).ds_summary()} stays gathered between steps: this DeepSpeed is not the 0.19 that"
+                    " edits are made for"
+                )
 
-    def publish(self, parameter: nn.Parameter) -> None:
-        """Make an edit visible to the next gather."""
-        cast(Any, parameter).ds_secondary_tensor = None  # a copy within the node (hpZ) would be served for ever
+    def publish(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Make edits visible to the next gather."""
+        for one in parameters:
+            cast(Any, one).ds_secondary_tensor = None  # a copy within the node (hpZ) would be served for ever
         if self.processes.device.type == "cuda":
             torch.cuda.synchronize()  # gathers run on a stream of their own, which does not wait for this one
 
@@ -113,21 +117,26 @@ class Zero3Backend(OptimizerVerbs):
 
 
 class GatherBackend(Zero3Backend):
-    """Rank 0 edits the gathered weight, which is then cut up again; the other ranks edit an empty slice."""
+    """Rank 0 edits gathered weights, which are then cut up again; the other ranks edit empty slices.
 
-    @contextmanager
-    def edit(self, weight: nn.Parameter) -> Iterator[Slice]:
-        self.settle(weight)
-        with GatheredParameters([weight], modifier_rank=0):
-            flat = weight.detach().view(-1)
-            yield Slice(flat if self.processes.main else flat[:0], 0)
-        self.publish(weight)
+    As many are gathered at once as are no larger together than the largest, or than `FEW`: small ones cost their
+    collectives, and of large ones there is memory for one.
+    """
 
-    def write(self, parameter: nn.Parameter, value: Tensor) -> None:
-        with GatheredParameters([parameter], modifier_rank=0):
-            parameter.detach().copy_(value)
-        self.write_master(parameter, value)
-        self.publish(parameter)
+    def edit(self, weights: Sequence[nn.Parameter]) -> Iterator[list[Slice]]:
+        self.settle(weights)
+        for group in groups(weights, [cast(Any, weight).ds_numel for weight in weights]):
+            with GatheredParameters(list(group), modifier_rank=0):
+                flats = [weight.detach().view(-1) for weight in group]
+                yield [Slice(flat if self.processes.main else flat[:0], 0) for flat in flats]
+            self.publish(group)
+
+    def write(self, parameters: Sequence[nn.Parameter], values: Sequence[Tensor]) -> None:
+        with GatheredParameters(list(parameters), modifier_rank=0):
+            torch._foreach_copy_([parameter.detach() for parameter in parameters], list(values))  # pyright: ignore[reportPrivateImportUsage]
+        for parameter, value in zip(parameters, values, strict=True):
+            self.write_master(parameter, value)
+        self.publish(parameters)
 
     def holds(self, parameter: nn.Parameter, value: Tensor) -> bool:
         with GatheredParameters([parameter]):
@@ -138,21 +147,32 @@ class GatherBackend(Zero3Backend):
         return computes and torch.equal(master, value.to(master.device))
 
 
+def groups(weights: Sequence[nn.Parameter], sizes: Sequence[int]) -> Iterator[Sequence[nn.Parameter]]:
+    """The weights in order, as many together as fit into the largest of them, or into `FEW` elements."""
+    room, first, together = max(FEW, *sizes), 0, 0
+    for position, size in enumerate(sizes):
+        if together + size > room:
+            yield weights[first:position]
+            first, together = position, 0
+        together += size
+    yield weights[first:]
+
+
 class LocalBackend(Zero3Backend):
-    """Each rank edits its own slice: rank i of a weight holds [i·n, (i+1)·n), padded at the end."""
+    """Each rank edits its own slices: rank i of a weight holds [i·n, (i+1)·n), padded at the end."""
 
-    @contextmanager
-    def edit(self, weight: nn.Parameter) -> Iterator[Slice]:
-        self.settle(weight)
-        yield self.own(weight)
-        self.publish(weight)
+    def edit(self, weights: Sequence[nn.Parameter]) -> Iterator[list[Slice]]:
+        self.settle(weights)
+        yield [self.own(weight) for weight in weights]
+        self.publish(weights)
 
-    def write(self, parameter: nn.Parameter, value: Tensor) -> None:
-        self.settle(parameter)
-        part = self.own(parameter)
-        part.flat.copy_(value.flatten()[part.start : part.start + part.flat.numel()])
-        self.write_master(parameter, value)
-        self.publish(parameter)
+    def write(self, parameters: Sequence[nn.Parameter], values: Sequence[Tensor]) -> None:
+        self.settle(parameters)
+        for parameter, value in zip(parameters, values, strict=True):
+            part = self.own(parameter)
+            part.flat.copy_(value.flatten()[part.start : part.start + part.flat.numel()])
+            self.write_master(parameter, value)
+        self.publish(parameters)
 
     def holds(self, parameter: nn.Parameter, value: Tensor) -> bool:
         part = self.own(parameter)
@@ -179,11 +199,12 @@ def local_edits_work(backend: LocalBackend, weights: Sequence[nn.Parameter]) -> 
     """
     right = True
     for weight in {cast(Any, weight).ds_shape: weight for weight in weights}.values():
-        with backend.edit(weight) as part:
-            kept = part.flat.clone()
+        kept = []
+        for (part,) in backend.edit([weight]):
+            kept.append(part.flat.clone())
             part.flat.copy_(marks(part.flat, part.start))
         whole = backend.full(weight).flatten()  # on the main process
         right &= torch.equal(whole, marks(whole, 0))
-        with backend.edit(weight) as part:
-            part.flat.copy_(kept)
+        for (part,) in backend.edit([weight]):
+            part.flat.copy_(kept.pop())
     return not backend.processes.problems(None if right else "slices lie elsewhere")

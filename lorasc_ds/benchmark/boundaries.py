@@ -10,7 +10,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import LlamaConfig
 
 from lorasc_ds.benchmark import peers
@@ -134,10 +133,7 @@ def growth(setting: Setting) -> Iterator[Result]:
 
     trainer = digits_run(setting, llama_of(4, 64))
     with closing(trainer.batches):
-        for module in trainer.module.modules():
-            if isinstance(module, nn.ModuleList):
-                for layer in module:
-                    layer.compile(backend="eager", dynamic=False)  # guards are checked as with any backend
+        peers.regionally_compiled(trainer.module)
         step = Steps(trainer)
 
         def turn() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from lorasc_ds.benchmark.ours import prepared, write_model, write_rows
 from lorasc_ds.benchmark.results import Result, Target, ratio
@@ -81,12 +81,12 @@ def rows_of(name: str, data: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[
     return task, [one for one in examples if name != "record" or len(one.candidates) > 2]
 
 
-def made_up(prompt: int, answer: int, candidates: int, count: int) -> list[EncodedExample]:
+def made_up(prompt: int, answer: int, candidates: int, count: int, vocabulary: int = 500) -> list[EncodedExample]:
     """Questions of so many tokens, each with candidates of so many."""
     generator = torch.Generator().manual_seed(0)
 
     def drawn(length: int) -> tuple[int, ...]:
-        return tuple(torch.randint(3, 500, (length,), generator=generator).tolist())
+        return tuple(torch.randint(3, vocabulary, (length,), generator=generator).tolist())
 
     found = []
     for number in range(count):
@@ -102,7 +102,7 @@ def tokens(examples: Sequence[EncodedExample]) -> tuple[int, int]:
     return shared, sum(len(candidate.ids) for e in examples for candidate in e.candidates)
 
 
-def score(model: LlamaForCausalLM, task: Task, examples: Sequence[EncodedExample], shared: bool) -> None:
+def score(model: PreTrainedModel, task: Task, examples: Sequence[EncodedExample], shared: bool) -> None:
     """One evaluation; candidate by candidate each is a question of its own, so that nothing is shared."""
     if not shared:
         examples = [EncodedExample(e.id, (candidate,), (0,)) for e in examples for candidate in e.candidates]

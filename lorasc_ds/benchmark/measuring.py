@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import os
 import platform
@@ -41,6 +42,7 @@ def measure(options: Options) -> list[Result]:
     """Every row asked for; what is written is `report.write`'s."""
     logging.set_verbosity_error()
     disable_progress_bars()
+    gc.freeze()  # what the imports made is not looked through at every collection
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     about = conditions(options, device)
     about["ceilings"] = ceilings(device, options.quick)

@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerFast
+from transformers import PretrainedConfig, PreTrainedTokenizerFast
 
 from lorasc_ds.algorithm.experts import Pair
 from lorasc_ds.cli import build_config
 from lorasc_ds.encoded import ScoredTokens
-from lorasc_ds.models import DTYPES
+from lorasc_ds.models import DTYPES, auto_class
 from lorasc_ds.preparation import Preparation, attach_adapters, prepare
 from lorasc_ds.sharding import Launch, sharded_loading, start
 from lorasc_ds.stopping import Stopping
@@ -34,7 +34,12 @@ def word_tokenizer(words: int) -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>", model_max_length=1 << 20
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        pad_token="</s>",
+        model_max_length=1 << 20,
     )
 
 
@@ -56,10 +61,10 @@ def write_rows(folder: Path, lengths: Sequence[tuple[int, int]], words: int) -> 
     return file
 
 
-def write_model(folder: Path, architecture: PretrainedConfig) -> Path:
+def write_model(folder: Path, architecture: PretrainedConfig, words: int | None = None) -> Path:
     """What a run asks a model's folder for before its weights: configuration and tokenizer."""
     architecture.save_pretrained(folder)
-    word_tokenizer(architecture.vocab_size).save_pretrained(folder)
+    word_tokenizer(words or architecture.vocab_size).save_pretrained(folder)
     return folder
 
 
@@ -83,7 +88,8 @@ def make_trainer(preparation: Preparation, folder: Path, device: torch.device, l
     )
     torch.manual_seed(config.training.seed)
     with sharded_loading(launch, accelerator, config.model.dtype), torch.device(device):
-        module = AutoModelForCausalLM.from_config(preparation.shape.config, dtype=DTYPES[config.model.dtype])
+        kind = auto_class(config.model, preparation.shape.config)
+        module = kind.from_config(preparation.shape.config, dtype=DTYPES[config.model.dtype])
     weights = attach_adapters(config, module)
     trainer = Trainer(preparation, module, weights, accelerator, folder, Stopping(folder))
     trainer.cascade.open_expert(preparation.plan.expert(1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,10 +21,12 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
     PrinterCallback,
+    TrainerCallback,
     TrainingArguments,
 )
 from transformers import Trainer as HFTrainer
 
+from lorasc_ds.benchmark.timing import Seconds, wait_for
 from lorasc_ds.encoded import ScoredTokens
 
 LEARNING_RATE = 1e-4
@@ -159,20 +162,39 @@ class CountingCollator:
 COMMON: dict[str, Any] = {"report_to": "none", "save_strategy": "no", "disable_tqdm": True, "logging_strategy": "no"}
 
 
+class Clock(TrainerCallback):
+    """Of a training, from its first batch to its end: seconds, without what `train()` sets up before."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.began, self.seconds = device, 0.0, Seconds(0.0)
+
+    def now(self) -> float:
+        wait_for(self.device)
+        return time.perf_counter()
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.began = self.now()
+
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+        self.seconds = Seconds(self.now() - self.began)
+
+
 class TrainerBlock:
-    """So many steps of a trainer of Hugging Face's kind, `train()` whole, at one call."""
+    """So many steps of a trainer of Hugging Face's kind at one call; `tokens` are those of its sequences."""
 
     def __init__(self, trainer: Any) -> None:
-        self.trainer = trainer
+        self.trainer, self.tokens = trainer, 0
         self.trainer.remove_callback(PrinterCallback)
         self.trainer.data_collator = CountingCollator(trainer.data_collator)
-        self.tokens = 0
+        self.clock = Clock(trainer.args.device)
+        self.trainer.add_callback(self.clock)
 
-    def __call__(self) -> None:
+    def __call__(self) -> Seconds:
         before = self.trainer.data_collator.tokens
         with quietly():
             self.trainer.train()
         self.tokens = self.trainer.data_collator.tokens - before
+        return self.clock.seconds
 
 
 def hf_trainer(model: PreTrainedModel, tokenizer: Any, rows: Dataset, folder: Path, steps: int, **best: Any) -> Any:
@@ -208,9 +230,11 @@ def with_liger(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def regionally_compiled(model: nn.Module) -> nn.Module:
-    """Every decoder layer compiled, one graph for all."""
+    """Every decoder layer compiled, one graph for all; on a CPU for its guards alone, without a C++ compiler."""
+    torch._dynamo.reset()  # graphs of models that are gone count towards its limit
+    backend = "inductor" if next(model.parameters()).device.type == "cuda" else "eager"
     for module in model.modules():
         if isinstance(module, nn.ModuleList):
             for layer in module:
-                layer.compile(dynamic=False)
+                layer.compile(backend=backend, dynamic=False)
     return model

@@ -119,6 +119,7 @@ def bytes_of(trainer: Trainer) -> dict[str, int]:
 def main(job: dict[str, Any]) -> None:
     torch.set_num_threads(1)
     quieten_deepspeed()
+    gc.freeze()  # as in measuring.py
     torch.manual_seed(0)
     folder = Path(job["folder"])
     own = folder / f"rank-{os.environ['RANK']}"

@@ -15,12 +15,16 @@ def wait_for(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+class Seconds(float):
+    """What a variant returns that has measured itself, since not all that it does is to count."""
+
+
 def seconds_of(work: Callable[[], object], device: torch.device) -> float:
     wait_for(device)
     began = time.perf_counter()
-    work()
+    own = work()
     wait_for(device)
-    return time.perf_counter() - began
+    return own if isinstance(own, Seconds) else time.perf_counter() - began
 
 
 def order_of(names: list[str], turn: int) -> list[str]:
@@ -48,6 +52,30 @@ def in_turns(
                 gc.enable()
             if turn >= 0:
                 found[name].append(seconds)
+    return found
+
+
+def apart_in_turns(
+    makers: Mapping[str, Callable[[], Callable[[], object]]], *, turns: int, calls: int, device: torch.device
+) -> dict[str, list[float]]:
+    """Seconds of every call that counts; as `in_turns`, of variants that do not fit beside each other.
+
+    Args:
+        makers: make the variants, by name. In every turn each is made, called twice, timed and dropped.
+        calls: of a variant in a turn.
+    """
+    found: dict[str, list[float]] = {name: [] for name in makers}
+    for turn in range(turns):
+        for name in order_of(list(makers), turn):
+            work = makers[name]()
+            for _ in range(2):
+                work()
+            found[name] += [seconds_of(work, device) for _ in range(calls)]
+            getattr(work, "close", lambda: None)()
+            del work
+            gc.collect()
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
     return found
 
 

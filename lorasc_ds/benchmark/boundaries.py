@@ -73,8 +73,7 @@ def beside_peft(setting: Setting) -> Iterator[Result]:
                 ("PEFT cycle", "ours"),
                 Target(">=", LEAST[weights, side]) if (weights, side) in LEAST else None,
                 details={"whole_boundary_seconds": whole},
-                ours=f"{duration(statistics.median(seconds['ours']))}; with probes, read-back and ledger"
-                f" {duration(statistics.median(whole))}",
+                ours=f"; with probes, read-back and ledger {duration(statistics.median(whole))}",
             )
         )
 
@@ -94,14 +93,14 @@ def large_merge(setting: Setting) -> Iterator[Result]:
     with closing(trainer.batches):
         boundary = Boundary(trainer)
         base = peers.with_peft(peers.random_model(architecture, torch.float32, setting.device))
-        layers = [m for name, m in base.named_modules() if name.endswith(peers.TARGETS)]
+        layers: list[Any] = [m for name, m in base.named_modules() if name.endswith(peers.TARGETS)]
 
         def ours() -> None:
             trainer.live.merge(boundary.pairs)
 
         def theirs() -> None:
             for layer in layers:
-                layer.merge()  # type: ignore[operator]
+                layer.merge()
                 layer.merged_adapters.clear()  # merged for good, to be merged again
 
         seconds = setting.in_turns({"ours": ours, "PEFT merge": theirs})

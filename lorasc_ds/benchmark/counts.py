@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from contextlib import closing
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,8 +49,8 @@ def fidelity(setting: Setting) -> Iterator[Result]:
             one = trainer.weights[0]
             base = one.weight.detach().double().cpu()
             model = peers.with_peft(peers.random_model(architecture, torch.bfloat16, setting.device))
-            layer = next(m for name, m in model.named_modules() if name.endswith("q_proj"))
-            layer.base_layer.weight.data.copy_(base)  # type: ignore[union-attr,operator]
+            layer: Any = next(m for name, m in model.named_modules() if name.endswith("q_proj"))
+            layer.base_layer.weight.data.copy_(base)
             meant = torch.zeros_like(base)
             for number in range(10):
                 pair = Pair(drawn((one.rank, side), 2 * number), drawn((side, one.rank), 2 * number + 1))
@@ -61,7 +62,7 @@ def fidelity(setting: Setting) -> Iterator[Result]:
                 merge_with_peft(layer, pair)
                 meant += one.scaling * pair.B.double() @ pair.A.double()
             ours = one.weight.detach().double().cpu() - base
-            theirs = layer.base_layer.weight.detach().double().cpu() - base  # type: ignore[union-attr,operator]
+            theirs = layer.base_layer.weight.detach().double().cpu() - base
         for measure, measured, target in (
             ("relative error", relative_error, Target("<=", error)),
             ("share of the update that arrived", share_kept, Target(">=", kept)),
@@ -72,12 +73,12 @@ def fidelity(setting: Setting) -> Iterator[Result]:
             yield setting.judged(found)
 
 
-def merge_with_peft(layer: torch.nn.Module, pair: Pair) -> None:
+def merge_with_peft(layer: Any, pair: Pair) -> None:
     """PEFT's own merge of these pairs, for good."""
-    layer.lora_A["default"].weight.data.copy_(pair.A)  # type: ignore[index,union-attr]
-    layer.lora_B["default"].weight.data.copy_(pair.B)  # type: ignore[index,union-attr]
-    layer.merge()  # type: ignore[operator]
-    layer.merged_adapters.clear()  # type: ignore[union-attr,operator]
+    layer.lora_A["default"].weight.data.copy_(pair.A)
+    layer.lora_B["default"].weight.data.copy_(pair.B)
+    layer.merge()
+    layer.merged_adapters.clear()
 
 
 def relative_error(moved: Tensor, meant: Tensor) -> float:

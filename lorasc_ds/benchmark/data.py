@@ -13,7 +13,7 @@ from lorasc_ds.benchmark.ours import prepared, write_model, write_rows
 from lorasc_ds.benchmark.results import Result, Target, ratio
 from lorasc_ds.benchmark.setting import Setting
 from lorasc_ds.benchmark.steps import BATCH, MAX_LENGTH, alpaca_lengths, llama
-from lorasc_ds.data import Layout, trees_of
+from lorasc_ds.data import Layout, TrainingSequences, trees_of
 from lorasc_ds.data_report import epoch_cost
 from lorasc_ds.encoded import EncodedExample, ScoredTokens
 from lorasc_ds.encoding import Encoder
@@ -21,6 +21,7 @@ from lorasc_ds.evaluation import evaluate
 from lorasc_ds.sharding import Processes
 from lorasc_ds.task_config import ChoiceConfig
 from lorasc_ds.tasks import Task, load_task
+from lorasc_ds.text_reading import TextReading
 
 CHOICES = {"rte": "superglue/RTE", "copa": "superglue/COPA", "record": "superglue/fewglue32/ReCoRD"}
 TRAINING_SETS = {  # name -> settings of the task, on released files
@@ -69,13 +70,15 @@ def computed_over_valid(setting: Setting, name: str, own: dict[str, Any]) -> flo
         task = {key: str(data / value) if key in PATHS else value for key, value in TRAINING_SETS[name].items()}
         training |= {"max_length": MAX_LENGTH} if name == "alpaca" else {}
     preparation = prepared(model, {"task": task, "training": training})
+    assert isinstance(preparation.data, TrainingSequences)
+    assert isinstance(preparation.reading, TextReading)
     cost = epoch_cost(preparation.data, preparation.data.order(0).tolist(), preparation.reading.layout)
     return cost.computed / cost.valid
 
 
 def rows_of(name: str, data: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[Task, Sequence[EncodedExample]]:
     """The test rows of a task, as tokens; of ReCoRD those with three candidates or more."""
-    task = load_task(ChoiceConfig(name=name, data_dir=str(data / CHOICES[name])), 0, ("test",))
+    task = load_task(ChoiceConfig.model_validate({"name": name, "data_dir": str(data / CHOICES[name])}), 0, ("test",))
     encoder = Encoder(tokenizer, task, max_length=None, model_limit=4096, vocabulary_size=len(tokenizer))
     examples = encoder.encode()["test"]
     return task, [one for one in examples if name != "record" or len(one.candidates) > 2]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterator
 from contextlib import closing
+from typing import Any
 
 import torch
 from torch import nn
@@ -26,7 +27,7 @@ def kernels(setting: Setting) -> Iterator[Result]:
     with closing(trainer.batches):
         boundary, live = Boundary(trainer), trainer.live
         peer = peers.with_peft(peers.random_model(shape.llama, torch.bfloat16, setting.device))
-        layers = [module for name, module in peer.named_modules() if name.endswith(peers.TARGETS)]
+        layers: list[Any] = [module for name, module in peer.named_modules() if name.endswith(peers.TARGETS)]
 
         def ours() -> None:
             live.merge(boundary.pairs)
@@ -34,9 +35,9 @@ def kernels(setting: Setting) -> Iterator[Result]:
 
         def theirs() -> None:
             for layer in layers:
-                layer.merge()  # type: ignore[operator]
-                layer.merged_adapters.clear()  # type: ignore[union-attr,operator]
-                weight = layer.base_layer.weight.data  # type: ignore[union-attr,operator]
+                layer.merge()
+                layer.merged_adapters.clear()
+                weight = layer.base_layer.weight.data
                 weight += (torch.rand_like(weight) - 0.5) * NOISE_SCALE
 
         seconds = setting.in_turns({"ours": ours, "PEFT merge and noise": theirs})

@@ -81,17 +81,18 @@ def bigg_14() -> CLIPConfig:
     return clip_of(vision | {"image_size": 224, "patch_size": 14}, text | {"vocab_size": 49408}, 1280)
 
 
-def packed_run(setting: Setting, length: int, *, compiled: bool = False, **training: Any) -> Trainer:
+def packed_run(
+    setting: Setting, length: int, *, compiled: bool = False, accumulator: str = "device", recomputed: bool = False
+) -> Trainer:
     """A run on blocks of `length` tokens, all scored, `Shape.tokens` of them a step."""
     shape, folder = shape_of(setting), setting.fresh("packed")
     file = folder / "text.txt"
     file.write_text(text_of(4 * shape.tokens, 0, shape.llama.vocab_size))
-    accumulator = training.pop("accumulator", "device")
     settings = {
         "model": {"dtype": "bfloat16"},
         "task": {"name": "text", "train_file": str(file), "block_size": length},
         "cascade": {"strategy": "lorasc", "experts": 50, "accumulator": accumulator, "max_boundary_drift": 10.0},
-        "training": {"batch_size": shape.tokens // length} | training,
+        "training": {"batch_size": shape.tokens // length, "gradient_checkpointing": recomputed},
     }
     trainer = make_trainer(prepared(write_model(folder, shape.llama), settings), folder, setting.device)
     if compiled:
@@ -204,12 +205,12 @@ def pairs(setting: Setting) -> Iterator[Result]:
 def memory(setting: Setting) -> Iterator[Result]:
     """G4: the most that is held in a step."""
     shape = shape_of(setting)
-    for title, bound, training in (
-        ("accumulator on the device", 47.0, {}),
-        ("accumulator in host memory", 43.0, {"accumulator": "host"}),
-        ("recomputing", 20.0, {"accumulator": "host", "gradient_checkpointing": True}),
+    for title, bound, accumulator, recomputed in (
+        ("accumulator on the device", 47.0, "device", False),
+        ("accumulator in host memory", 43.0, "host", False),
+        ("accumulator in host memory, recomputing", 20.0, "host", True),
     ):
-        trainer = packed_run(setting, shape.lengths[-1], **training)
+        trainer = packed_run(setting, shape.lengths[-1], accumulator=accumulator, recomputed=recomputed)
         with closing(trainer.batches):
             step = Steps(trainer)
             step()
@@ -306,8 +307,10 @@ def labelled(setting: Setting) -> Iterator[Result]:
 def images(setting: Setting) -> Iterator[Result]:
     """G10: training steps on the vision tower, images from the package decoded as a run does."""
     shape, folder = shape_of(setting), setting.fresh("images")
-    size = shape.clip.vision_config.image_size
-    model = write_model(folder, shape.clip, shape.clip.text_config.vocab_size)
+    vision: Any = shape.clip.vision_config
+    text: Any = shape.clip.text_config
+    size = vision.image_size
+    model = write_model(folder, shape.clip, text.vocab_size)
     processor = {
         "image_processor_type": "CLIPImageProcessor",
         "size": {"shortest_edge": size},

@@ -200,18 +200,20 @@ class TrainerBlock:
 def hf_trainer(model: PreTrainedModel, tokenizer: Any, rows: Dataset, folder: Path, steps: int, **best: Any) -> Any:
     """HF Trainer with PEFT at its defaults: batches of 8, padded to the longest; `best` are other settings."""
     on_cpu = next(model.parameters()).device.type == "cpu"
-    arguments = TrainingArguments(str(folder), max_steps=steps, use_cpu=on_cpu, **COMMON, **best)
+    settings: dict[str, Any] = COMMON | {"output_dir": str(folder), "max_steps": steps, "use_cpu": on_cpu} | best
     collator = DataCollatorForSeq2Seq(tokenizer, padding=True)
-    return HFTrainer(model=with_peft(model), args=arguments, train_dataset=rows, data_collator=collator)
+    return HFTrainer(
+        model=with_peft(model), args=TrainingArguments(**settings), train_dataset=rows, data_collator=collator
+    )
 
 
 def sft_trainer(model: PreTrainedModel, tokenizer: Any, rows: Dataset, folder: Path, steps: int, **best: Any) -> Any:
     """TRL's SFTTrainer with a PEFT configuration, at its defaults."""
-    from trl import SFTConfig, SFTTrainer
+    from trl import SFTConfig, SFTTrainer  # pyright: ignore[reportPrivateImportUsage]
 
     on_cpu = next(model.parameters()).device.type == "cpu"
-    own = {"gradient_checkpointing": False, "bf16": not on_cpu} | best
-    arguments = SFTConfig(str(folder), max_steps=steps, use_cpu=on_cpu, **COMMON, **own)
+    settings: dict[str, Any] = COMMON | {"output_dir": str(folder), "max_steps": steps, "use_cpu": on_cpu} | best
+    arguments = SFTConfig(**({"bf16": False} | settings))  # the model has its dtype
     return SFTTrainer(
         model=model, args=arguments, train_dataset=rows, processing_class=tokenizer, peft_config=lora_config()
     )

@@ -87,7 +87,7 @@ class NewEngine:
     def __call__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         if self.engine is not None:
             self.engine.destroy()
-        parameters = [p for p in model.parameters() if p.requires_grad]
+        parameters: Any = [p for p in model.parameters() if p.requires_grad]
         self.engine, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, model_parameters=parameters, config=self.settings
         )
@@ -124,12 +124,16 @@ def main(job: dict[str, Any]) -> None:
     folder = Path(job["folder"])
     own = folder / f"rank-{os.environ['RANK']}"
     own.mkdir()
-    turns = {"repetitions": job["repetitions"], "warm_up": job["warm_up"], "device": torch.device("cpu")}
+    turns: dict[str, Any] = {
+        "repetitions": job["repetitions"],
+        "warm_up": job["warm_up"],
+        "device": torch.device("cpu"),
+    }
     weights, side = (4, 16) if job["quick"] else (64, 64)
     architecture = llama_of(weights, side)
     found: dict[str, Any] = {"weights": weights, "side": side, "boundaries": {}, "bytes": {}}
     trainers = {engine: run_under(engine, architecture, own) for engine in STAGES}
-    found["steps"] = in_turns({f"ours {name}": Steps(trainer) for name, trainer in trainers.items()}, **turns)
+    found["steps"] = in_turns({f"ours, {name}": Steps(trainer) for name, trainer in trainers.items()}, **turns)
     trainers["zero3, gather"] = run_under("zero3", architecture, own, "gather")
     for engine, trainer in trainers.items():
         found["bytes"][engine] = bytes_of(trainer)

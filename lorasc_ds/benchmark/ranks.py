@@ -70,11 +70,11 @@ def rows(setting: Setting) -> Iterator[Result]:
                 Target(">=", LEAST[engine]) if engine in LEAST else None,
             )
         )
-    for engine in [name for name in found["steps"] if name != "ours ddp"]:
-        title = f"step, {engine.removeprefix('ours ')} x {count} / ddp x {count}"
-        told = {"ours": "", "peer": ""}
-        one = ratio("Z1", title, found["steps"], (engine, "ours ddp"), **told)
-        yield setting.judged(one)
+    for name in [one for one in found["steps"] if one != "ours, ddp"]:
+        engine = name.removeprefix("ours, ")
+        yield setting.judged(
+            ratio("Z1", f"step, {engine} x {count} / ddp x {count}", found["steps"], (name, "ours, ddp"))
+        )
     for engine, traffic in found["bytes"].items():
         for what, moved in traffic.items():
             yield Result("Z2", f"bytes handed to collectives by a {what}, {engine} x {count}", moved, "bytes")

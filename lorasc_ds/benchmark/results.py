@@ -89,20 +89,30 @@ def ratio(
     seconds: Mapping[str, Sequence[float]],
     over: tuple[str, str],
     target: Target | None = None,
-    **more: Any,
+    ours: str = "",
+    details: Mapping[str, Any] | None = None,
 ) -> Result:
     """How many times as long one variant takes as another, turn by turn.
 
     Args:
         seconds: of every variant, in the order of the turns.
-        over: the variants, one over the other.
+        over: the variants, one over the other; our side's name begins so.
+        ours: what is said of our side besides its median.
     """
     above, below = (seconds[name] for name in over)
     spread = Spread.of([one / other for one, other in zip(above, below, strict=True)])
-    names = {True: "ours", False: "peer"}
-    told = {names[name.startswith("ours")]: f"{name}: {duration(statistics.median(seconds[name]))}" for name in over}
-    details = {"seconds": {name: list(values) for name, values in seconds.items()}} | more.pop("details", {})
-    return Result(row, measure, spread.median, "x", spread.low, spread.high, target, **(told | more), details=details)
+    told = {name.startswith("ours"): f"{name}: {duration(statistics.median(seconds[name]))}" for name in over}
+    return Result(
+        row,
+        measure,
+        spread.median,
+        low=spread.low,
+        high=spread.high,
+        target=target,
+        ours=told.get(True, "") + ours,
+        peer=told.get(False, ""),
+        details={"seconds": {name: list(values) for name, values in seconds.items()}} | dict(details or {}),
+    )
 
 
 def duration(seconds: float) -> str:

@@ -113,6 +113,7 @@ def beside_trainers(setting: Setting) -> Iterator[Result]:
         variants["HF Trainer, grouped"] = block(peers.hf_trainer, train_sampling_strategy="group_by_length")
         if peers.installed("trl"):
             variants["TRL SFTTrainer"] = block(peers.sft_trainer)
+            variants["TRL SFTTrainer, not recomputing"] = block(peers.sft_trainer, gradient_checkpointing=False)
         seconds = setting.in_turns(variants)
         rates = {name: [variants[name].tokens / one for one in found] for name, found in seconds.items()}
     best = max((name for name in rates if name.startswith("ours")), key=lambda name: statistics.median(rates[name]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from lorasc_ds.benchmark import command, counts, gpu_steps, results, shapes
+from lorasc_ds.benchmark import command, counts, gpu_steps, ranks, results, shapes
 from lorasc_ds.benchmark.catalogue import ROWS
 from lorasc_ds.benchmark.options import parse
 from lorasc_ds.benchmark.report import advantage
@@ -23,18 +24,32 @@ from lorasc_ds.benchmark.timing import Seconds, in_turns, order_of, seconds_of
 from lorasc_ds.benchmark.traffic import Traffic
 
 CPU = torch.device("cpu")
-ON_A_CPU = [name for name, row in ROWS.items() if not row.needs_gpu]
+OF_RANKS = [id for id, row in ROWS.items() if row.function == "ranks:rows"]  # forked here, to import once
 
 
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     """One run of every row on small shapes."""
     folder = tmp_path_factory.mktemp("benchmark")
-    arguments = ["--output_dir", str(folder / "out"), "--quick"]
-    (ended,) = forking.run(forking.Job("lorasc_ds.benchmark.command:main", [arguments], str(folder / "log"), 240))
-    assert ended.codes == [0], ended.err
+    (folder / "ranks").mkdir()
+    alone = ",".join(id for id in ROWS if id not in OF_RANKS)
+    arguments = ["--output_dir", str(folder / "out"), "--quick", "--rows", alone]
+    job = {"folder": str(folder / "ranks"), "repetitions": 2, "warm_up": 1, "quick": True}
+    on_gpu = ["--output_dir", str(folder / "gpu"), "--rows", "G1,G2,G5"]
+    jobs = (
+        forking.Job("lorasc_ds.benchmark.command:main", [arguments], str(folder / "log"), 240),
+        forking.Job("lorasc_ds.benchmark.rank:main", [job], str(folder / "rank"), 240, forking.group(2)),
+        forking.Job("lorasc_ds.benchmark.command:main", [on_gpu], str(folder / "log-gpu"), 240),
+    )
+    for ended in forking.run(*jobs):
+        assert not any(code for code in ended.codes if code), ended.err
     content = json.loads((folder / "out" / "benchmark.json").read_text())
-    return SimpleNamespace(ended=ended, content=content, folder=folder / "out")
+    found = json.loads((folder / "ranks" / "found.json").read_text())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ranks, "measured", lambda setting: found)
+        options = parse(["--output_dir", str(folder / "none"), "--quick"])
+        content["results"] += [one.as_json() for one in ranks.rows(Setting(options, folder, CPU, {}))]
+    return SimpleNamespace(content=content, folder=folder / "out")
 
 
 def results_of(quick: SimpleNamespace, row: str) -> list[dict[str, Any]]:
@@ -53,9 +68,25 @@ def test_every_row_has_a_number(quick: SimpleNamespace) -> None:
 def test_the_json_says_what_was_measured_with_what(quick: SimpleNamespace) -> None:
     content = quick.content
     assert set(content) == {"format", "about", "results"}
-    assert {"device", "threads", "cores", "packages", "commit", "command", "ceilings", "options"} <= set(content["about"])
+    assert {"device", "threads", "cores", "packages", "commit", "command", "ceilings", "options"} <= set(
+        content["about"]
+    )
     assert all(value > 0 for value in content["about"]["ceilings"].values())
-    keys = {"row", "measure", "value", "unit", "low", "high", "target", "ours", "peer", "details", "missing", "judged", "verdict"}
+    keys = {
+        "row",
+        "measure",
+        "value",
+        "unit",
+        "low",
+        "high",
+        "target",
+        "ours",
+        "peer",
+        "details",
+        "missing",
+        "judged",
+        "verdict",
+    }
     for one in content["results"]:
         assert set(one) == keys
         if one["low"] is not None:
@@ -63,7 +94,9 @@ def test_the_json_says_what_was_measured_with_what(quick: SimpleNamespace) -> No
 
 
 def test_small_shapes_are_not_judged_by_targets_of_large_ones(quick: SimpleNamespace) -> None:
-    verdicts = {one["verdict"] for row in ("C1", "C2", "S1", "G1", "G6") for one in results_of(quick, row) if one["target"]}
+    verdicts = {
+        one["verdict"] for row in ("C1", "C2", "S1", "G1", "G6") for one in results_of(quick, row) if one["target"]
+    }
     assert verdicts <= {"not judged: small shapes", "met"}
     assert [one["verdict"] for one in results_of(quick, "C6")] == ["met"]
 
@@ -91,7 +124,9 @@ def test_what_is_bound_to_come_out(quick: SimpleNamespace) -> None:
     (checkpoint,) = results_of(quick, "C11")
     pair_bytes = 4 * 4 * (rank * width + width * rank)  # two layers' q and v in float32
     assert pair_bytes < checkpoint["details"]["expert_bytes"] < pair_bytes + 2048
-    assert checkpoint["details"]["merged_bytes"] == 2 * (2 * (4 * width**2 + 3 * width * inner + 2 * width) + 2 * 32000 * width + width)
+    assert checkpoint["details"]["merged_bytes"] == 2 * (
+        2 * (4 * width**2 + 3 * width * inner + 2 * width) + 2 * 32000 * width + width
+    )
 
 
 def test_bytes_communicated(quick: SimpleNamespace) -> None:
@@ -120,7 +155,7 @@ def test_real_lengths_of_alpaca_are_padded_by_others(quick: SimpleNamespace) -> 
 def test_candidates_by_hand(quick: SimpleNamespace) -> None:
     """80 tokens and 4 x 25: one by one 4 x 105, shared 80 + 4 x 24, since the last of each is not read."""
     first = next(one for one in results_of(quick, "C10") if one["measure"].startswith("tokens"))
-    assert (first["ours"], first["peer"]) == (str(2 * (80 + 4 * 24)), str(2 * 4 * 105))
+    assert (first["ours"], first["peer"]) == (str(80 + 4 * 24), str(4 * 105))
     assert first["value"] == pytest.approx(420 / 176)
 
 
@@ -143,7 +178,8 @@ def test_verdicts() -> None:
     assert advantage(Target(">=", 2.0), 3.0) == advantage(Target("<=", 3.0), 2.0) == 1.5
 
 
-def test_variants_take_turns_and_each_is_the_first_once() -> None:
+def test_variants_take_turns_and_each_is_the_first_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gc.collect", lambda: 0)  # of all that pytest holds
     called: list[str] = []
     variants = {name: lambda name=name: called.append(name) for name in "abc"}
     found = in_turns(variants, repetitions=3, warm_up=1, device=CPU)
@@ -229,10 +265,21 @@ def test_rows_and_sizes_are_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_its_rows_say_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert command.main(["--output_dir", str(tmp_path / "out"), "--rows", "G1,G2,G5"]) == 0
-    found = json.loads((tmp_path / "out" / "benchmark.json").read_text())["results"]
-    assert [(one["row"], one["verdict"]) for one in found] == [(id, "not measured: needs a GPU") for id in ("G1", "G2", "G5")]
+def test_without_a_gpu_its_rows_say_so(quick: SimpleNamespace) -> None:
+    found = json.loads((quick.folder.parent / "gpu" / "benchmark.json").read_text())["results"]
+    assert [(one["row"], one["verdict"]) for one in found] == [
+        (id, "not measured: needs a GPU") for id in ("G1", "G2", "G5")
+    ]
+
+
+def test_a_process_that_fails_is_named_with_what_it_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = tmp_path / "python"
+    script.write_text("#!/bin/sh\necho rank $RANK of $WORLD_SIZE has no memory; exit 3\n")
+    script.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(script))
+    setting = Setting(parse(["--output_dir", str(tmp_path / "out"), "--processes", "3"]), tmp_path, CPU, {})
+    with pytest.raises(RuntimeError, match=r"\[3, 3, 3\]:\nrank 0 of 3 has no memory"):
+        ranks.measured(setting)
 
 
 def test_settings_count_their_folders(tmp_path: Path) -> None:

@@ -115,14 +115,14 @@ def score(model: PreTrainedModel, task: Task, examples: Sequence[EncodedExample]
 
 def prefixes(setting: Setting) -> Iterator[Result]:
     """C10: tokens read, and the time, of candidates one by one over those with a shared beginning."""
-    data, count = setting.options.data_dir, 4 if setting.quick else 24
+    data, count = setting.options.data_dir, 2 if setting.quick else 24
     cases: dict[str, tuple[Task, Sequence[EncodedExample]]] = {}
     if data is None:
         task = Task("made up", "candidates", "classification", {}, "accuracy")
         for shape in ((80, 25, 4), (700, 5, 4)):
             cases["{} + {} tokens, {} candidates".format(*shape)] = (
                 task,
-                made_up(*shape, count=2 if setting.quick else 8),
+                made_up(*shape, count=1 if setting.quick else 8),
             )
     else:
         tokenizer = AutoTokenizer.from_pretrained(data / "models" / "stories260K")

@@ -322,7 +322,7 @@ def images(setting: Setting) -> Iterator[Result]:
     settings = {
         "model": {"dtype": "bfloat16"},
         "adapter": {"target_modules": ["vision_model.*.q_proj", "vision_model.*.v_proj"]},
-        "task": {"name": "digit_images"},
+        "task": {"name": "digit_images", "templates": "simple"},
         "cascade": {"max_boundary_drift": 10.0},
         "training": {"batch_size": shape.images},
     }
@@ -343,7 +343,7 @@ def candidates(setting: Setting) -> Iterator[Result]:
     shape = shape_of(setting)
     model = peers.random_model(shape.llama, torch.bfloat16, setting.device).eval()
     task = Task("made up", "candidates", "classification", {}, "accuracy")
-    examples = data.made_up(80, 25, 4, 2 if setting.quick else 64, shape.llama.vocab_size)
+    examples = data.made_up(80, 25, 4, 1 if setting.quick else 64, shape.llama.vocab_size)
     seconds = setting.in_turns(
         {
             "ours": lambda: data.score(model, task, examples, True),

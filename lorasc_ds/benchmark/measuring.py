@@ -42,7 +42,6 @@ def measure(options: Options) -> list[Result]:
     """Every row asked for; what is written is `report.write`'s."""
     logging.set_verbosity_error()
     disable_progress_bars()
-    gc.freeze()  # what the imports made is not looked through at every collection
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     about = conditions(options, device)
     about["ceilings"] = ceilings(device, options.quick)
@@ -63,6 +62,8 @@ def measure(options: Options) -> list[Result]:
             else:
                 module, name = row.function.split(":")
                 function = getattr(importlib.import_module(f"lorasc_ds.benchmark.{module}"), name)
+                gc.collect()
+                gc.freeze()  # what the imports made is not looked through at every collection
                 found = [one for one in function(setting) if one.row in options.rows]
             results = sorted([*results, *found], key=lambda one: list(ROWS).index(one.row))
             print("".join(f"{line}\n" for line in table(found).splitlines()[2:]), end="", flush=True)

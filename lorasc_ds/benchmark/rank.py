@@ -124,11 +124,8 @@ def main(job: dict[str, Any]) -> None:
     folder = Path(job["folder"])
     own = folder / f"rank-{os.environ['RANK']}"
     own.mkdir()
-    turns: dict[str, Any] = {
-        "repetitions": job["repetitions"],
-        "warm_up": job["warm_up"],
-        "device": torch.device("cpu"),
-    }
+    turns: dict[str, Any] = {"repetitions": job["repetitions"], "warm_up": job["warm_up"]}
+    turns |= {"device": torch.device("cpu")}
     weights, side = (4, 16) if job["quick"] else (64, 64)
     architecture = llama_of(weights, side)
     found: dict[str, Any] = {"weights": weights, "side": side, "boundaries": {}, "bytes": {}}

@@ -52,7 +52,8 @@ def draw(path: Path, results: Sequence[Result]) -> None:
         style = {"met": ("0.35", ""), "missed": ("1.0", "////")}.get(one.verdict, ("0.85", ""))
         axes.barh(at, good - 1, left=1, color=style[0], hatch=style[1], edgecolor="black", height=0.66)
         if one.low is not None and one.high is not None and one.low > 0:
-            axes.plot([advantage(target, end) for end in (one.low, one.high)], [at, at], color="black", linewidth=1.2)
+            ends = [advantage(target, one.low), advantage(target, one.high)]
+            axes.plot(ends, [at, at], color="black", linewidth=1.2)
         axes.annotate(
             f"{value:.3g} ({target})",
             (max(good, 1), at),

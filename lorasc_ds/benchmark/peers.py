@@ -213,7 +213,8 @@ def sft_trainer(model: PreTrainedModel, tokenizer: Any, rows: Dataset, folder: P
 
     on_cpu = next(model.parameters()).device.type == "cpu"
     settings: dict[str, Any] = COMMON | {"output_dir": str(folder), "max_steps": steps, "use_cpu": on_cpu} | best
-    arguments = SFTConfig(**({"bf16": False} | settings))  # the model has its dtype
+    settings["bf16"] = False  # the model has its dtype
+    arguments = SFTConfig(**settings)
     return SFTTrainer(
         model=model, args=arguments, train_dataset=rows, processing_class=tokenizer, peft_config=lora_config()
     )

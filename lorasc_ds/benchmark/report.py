@@ -34,39 +34,45 @@ def advantage(target: Target, value: float) -> float:
     return value / target.bound if target.sign == ">=" else target.bound / value
 
 
+MARKS = {  # verdict -> colour of a mark, in grey
+    "met": "black",
+    "missed": "white",
+    "not judged: small shapes": "0.7",
+}
+FURTHEST = 30.0  # times as good, or as bad, as the picture shows
+
+
 def draw(path: Path, results: Sequence[Result]) -> None:
-    """A bar for every result with a target that is no zero: how many times as good as it, quartiles as a whisker."""
+    """A mark for every ratio or number with a target above zero: how many times as good as it, with its quartiles."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    shown = [
-        (one, one.target, one.value)
-        for one in results
-        if one.target is not None and one.target.bound > 0 and one.target.sign != "==" and (one.value or 0) > 0
-    ]
-    figure, axes = pyplot.subplots(figsize=(9, 1.2 + 0.36 * max(1, len(shown))), layout="constrained")
-    for at, (one, target, value) in enumerate(shown):
-        good = advantage(target, value)
-        style = {"met": ("0.35", ""), "missed": ("1.0", "////")}.get(one.verdict, ("0.85", ""))
-        axes.barh(at, good - 1, left=1, color=style[0], hatch=style[1], edgecolor="black", height=0.66)
-        if one.low is not None and one.high is not None and one.low > 0:
-            ends = [advantage(target, one.low), advantage(target, one.high)]
-            axes.plot(ends, [at, at], color="black", linewidth=1.2)
-        axes.annotate(
-            f"{value:.3g} ({target})",
-            (max(good, 1), at),
-            xytext=(6, 0),
-            textcoords="offset points",
-            va="center",
-            fontsize=8,
-        )
+    shown = [one for one in results if one.value and one.target and one.target.bound > 0]
+    figure, axes = pyplot.subplots(figsize=(11, 1.6 + 0.3 * max(1, len(shown))), layout="constrained")
+
+    def place(one: Result, value: float | None) -> float:
+        assert one.target is not None
+        return min(FURTHEST, max(1 / FURTHEST, advantage(one.target, value or one.value or 1.0)))
+
+    for at, one in enumerate(shown):
+        axes.plot([place(one, one.low), place(one, one.high)], [at, at], color="0.45", linewidth=3)
+        axes.plot([1, place(one, None)], [at, at], color="black", linewidth=0.8)
+        axes.annotate(f"{one.value:.3g} ({one.target})", (1.3 * FURTHEST, at), va="center", fontsize=8)
+    for verdict, colour in MARKS.items():
+        places = [(place(one, None), at) for at, one in enumerate(shown) if one.verdict == verdict]
+        if places:
+            axes.scatter(*zip(*places, strict=True), color=colour, edgecolor="black", zorder=3, label=verdict)
     axes.axvline(1, color="black", linewidth=1.5)
     axes.set_xscale("log")
-    axes.set_yticks(range(len(shown)), [f"{one.row}  {one.measure}" for one, _, _ in shown], fontsize=8)
+    axes.set_xlim(0.7 / FURTHEST, 8 * FURTHEST)
+    axes.set_xticks([0.1, 1, 10], ["10 times short", "target", "10 times as good"])
+    axes.minorticks_off()
+    axes.set_yticks(range(len(shown)), [f"{one.row}  {one.measure}" for one in shown], fontsize=8)
     axes.invert_yaxis()
-    axes.margins(x=0.25)
-    axes.set_xlabel("times as good as the target (dark: met, hatched: missed, pale: not judged)")
+    if shown:
+        figure.legend(loc="outside lower center", ncols=len(MARKS), frameon=False, fontsize=8)
+    axes.set_title("measured against the targets; numbers: result (target); bars: quartiles", fontsize=9)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)

@@ -11,7 +11,7 @@ from lorasc_ds.errors import RunError
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Returns 0 done (a missed target is no error), 2 flags, 130 Ctrl-C, 1 a bug."""
+    """Returns 0 done (a missed target is no error), 2 flags, 130 stopped by a signal, 1 a bug."""
     try:
         options = parse(arguments)
         from lorasc_ds.benchmark.measuring import measure  # torch: not for --help, nor to refuse a flag
@@ -21,7 +21,7 @@ def main(arguments: Sequence[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print("stopped by Ctrl-C; what was measured is in --output_dir", file=sys.stderr)
+        print("stopped; what was measured is in --output_dir", file=sys.stderr)
         return 130
     except Exception:  # the last resort: a bug is shown whole and ends with code 1
         traceback.print_exc()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -41,15 +42,17 @@ def measured(setting: Setting) -> dict[str, Any]:
     command = [sys.executable, "-W", "ignore", "-m", "lorasc_ds.benchmark.rank", json.dumps(job)]
     logs = [folder / f"{rank}.log" for rank in range(count)]
     processes = []
-    for rank, log in enumerate(logs):
-        own = common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        with log.open("w") as stream:
-            processes.append(subprocess.Popen(command, env=own, stdout=stream, stderr=stream))
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that they end with this one
     try:
+        for rank, log in enumerate(logs):
+            own = common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            with log.open("w") as stream:
+                processes.append(subprocess.Popen(command, env=own, stdout=stream, stderr=stream))
         codes = [process.wait(SECONDS) for process in processes]
     finally:
         for process in processes:
             process.kill()
+        signal.signal(signal.SIGTERM, before)
     if any(codes):
         told = next(log for log, code in zip(logs, codes, strict=True) if code)
         raise RuntimeError(f"processes of the rows under ZeRO ended with {codes}:\n{told.read_text()[-3000:]}")

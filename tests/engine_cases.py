@@ -27,7 +27,6 @@ from deepspeed.utils import groups
 from engine_measures import (
     LEARNING_RATE,
     RANK,
-    PeakResident,
     boundary_peak,
     collectives_of,
     edit_all,
@@ -45,6 +44,7 @@ from transformers import PreTrainedModel
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from lorasc_ds.adapters import AdaptedWeight
+from lorasc_ds.benchmark.memory import PeakResident
 from lorasc_ds.cli import parse_command_line
 from lorasc_ds.errors import ConfigError
 from lorasc_ds.models import load_model

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-import re
-import threading
-import weakref
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,11 +11,10 @@ import reference
 import torch
 from conftest import base_weights
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from lorasc_ds.algorithm.experts import Pair
 from lorasc_ds.algorithm.ledger import Ledger, digest
+from lorasc_ds.benchmark.memory import PeakBytes, live_bytes
 from lorasc_ds.errors import DivergedError, PreemptedError
 from lorasc_ds.safe_points import Progress, restore_adapters, state_of
 from lorasc_ds.trainer import Trainer
@@ -281,12 +276,6 @@ def edit_all(trainer: Trainer) -> Callable[[], None]:
     return edit
 
 
-def live_bytes() -> int:
-    gc.collect()
-    tensors = [one for one in gc.get_objects() if issubclass(type(one), Tensor)]
-    return sum(tensor.untyped_storage().nbytes() for tensor in tensors if tensor.device.type == "cpu")
-
-
 def hooks(trainer: Trainer) -> int:
     return sum(
         len(getattr(module, name))
@@ -312,27 +301,6 @@ def growth(trainer: Trainer) -> dict[str, list[int]]:
     return {"bytes": sizes, "hooks": counts, "traces": traces}
 
 
-class PeakBytes(TorchDispatchMode):
-    """The most bytes that tensors made inside held at once."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live: dict[int, int] = {}
-        self.peak = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        outputs = func(*args, **(kwargs or {}))
-        known = {one.untyped_storage()._cdata for one in tree_leaves((args, kwargs)) if isinstance(one, Tensor)}
-        for one in tree_leaves(outputs):
-            if isinstance(one, Tensor):
-                storage = one.untyped_storage()
-                if storage._cdata not in self.live and storage._cdata not in known:
-                    self.live[storage._cdata] = storage.nbytes()
-                    weakref.finalize(storage, self.live.pop, storage._cdata, None)
-        self.peak = max(self.peak, sum(self.live.values()))
-        return outputs
-
-
 def boundary_peak(trainer: Trainer) -> dict[str, int]:
     """Bytes above steady state during a boundary, without its probes, which are forward passes; and one weight's."""
     plan = trainer.preparation.plan
@@ -348,28 +316,6 @@ def boundary_peak(trainer: Trainer) -> dict[str, int]:
         trainer.cascade.open_expert(plan.expert(2))
     one = trainer.weights[0]
     return {"peak": boundary.peak, "weight": one.shape[0] * one.shape[1] * one.weight.element_size()}
-
-
-class PeakResident:
-    """The most anonymous memory this process held inside, above what it held before; files mapped are not counted."""
-
-    def __enter__(self) -> PeakResident:
-        self.before, self.peak, self.left = self.held(), 0, threading.Event()
-        self.watcher = threading.Thread(target=self.watch)
-        self.watcher.start()
-        return self
-
-    def watch(self) -> None:
-        while not self.left.wait(0.002):
-            self.peak = max(self.peak, self.held() - self.before)
-
-    def held(self) -> int:
-        (line,) = re.findall(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())
-        return int(line) * 1024
-
-    def __exit__(self, *_: object) -> None:
-        self.left.set()
-        self.watcher.join()
 
 
 def replayed(trainer: Trainer, model: Path) -> str:

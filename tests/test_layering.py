@@ -11,12 +11,12 @@ PACKAGE = Path(__file__).parents[1] / "lorasc_ds"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 OWNERS = {  # engine -> the places that may import it
-    "peft": ("adapters.py",),
-    "deepspeed": ("sharding/",),
+    "peft": ("adapters.py", "benchmark/peers.py"),
+    "deepspeed": ("sharding/", "benchmark/rank.py"),
     "lm_eval": ("harness.py",),
-    "torch.distributed": ("sharding/",),
+    "torch.distributed": ("sharding/", "benchmark/rank.py"),
     "triton": ("algorithm/triton_kernels.py",),
-    "accelerate": ("sharding/", "run.py", "trainer.py", "subject.py"),
+    "accelerate": ("sharding/", "run.py", "trainer.py", "subject.py", "benchmark/rank.py"),
     "pydantic": (
         "section.py",
         "config.py",
@@ -61,6 +61,10 @@ FORBIDDEN = {  # place -> what it must not know
     "contract.py": ("lorasc_ds.cascade", "lorasc_ds.adapters", "lorasc_ds.sharding", "torch"),
     "adapters.py": ("lorasc_ds.cascade", "lorasc_ds.algorithm", "lorasc_ds.sharding"),
     "sharding/": ("lorasc_ds.cascade", "lorasc_ds.algorithm", "lorasc_ds.adapters", "peft"),
+    "benchmark/catalogue.py": ("torch", "lorasc_ds."),
+    "benchmark/results.py": ("torch", "lorasc_ds."),
+    "benchmark/options.py": ("torch", "transformers"),
+    "benchmark/command.py": ("torch", "transformers"),
     "plugin.py": ("torch.distributed", "peft", "deepspeed", "pydantic"),
     "callback.py": ("torch.distributed", "peft", "deepspeed", "pydantic"),
     "cascade.py": (

@@ -1,12 +1,13 @@
-"""What reading the beginning of a question once saves, on real rows; `prefix_cost.py` measures the time."""
+"""What reading the beginning of a question once saves, on real rows; `launch/benchmark.py` (C10) measures the time."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
-from prefix_cost import rows_of, tokens
 from transformers import AutoTokenizer
+
+from lorasc_ds.benchmark.data import rows_of, tokens
 
 
 @pytest.mark.parametrize(("task", "most"), [("rte", 0.51), ("record", 0.5), ("copa", 0.7)])

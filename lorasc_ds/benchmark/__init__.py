@@ -1,0 +1,1 @@
+"""Speed and memory of this project beside its peers, measured in one run: what `launch/benchmark.py` does."""

@@ -21,20 +21,26 @@ LAYER_SECONDS = 5e-4
 BYTES = {"bfloat16": 2, "float32": 4}
 
 
+def run_seconds(preparation: Preparation) -> tuple[float, float]:
+    """Of training, and of all evaluations."""
+    evaluations = len(preparation.evaluation_steps) + 1  # before training too
+    # A forward pass, and a backward pass of the same size: frozen weights have no gradients.
+    passes = preparation.plan.steps * preparation.accumulation
+    training = 2 * seconds(preparation, training_tokens(preparation), passes)
+    scoring = seconds(preparation, scored_tokens(preparation), evaluation_batches(preparation))
+    return training, evaluations * (scoring + decoding_seconds(preparation, generation_steps(preparation)))
+
+
 def duration_lines(preparation: Preparation) -> Iterator[str]:
     """The tokens of a run and the time that they take."""
     trained = training_tokens(preparation)
     scored, answers = scored_tokens(preparation), generation_steps(preparation)
-    evaluations = len(preparation.evaluation_steps) + 1  # before training too
-    # A forward pass, and a backward pass of the same size: frozen weights have no gradients.
-    training = 2 * seconds(preparation, trained, preparation.plan.steps * preparation.accumulation)
-    evaluation = evaluations * (
-        seconds(preparation, scored, evaluation_batches(preparation)) + decoding_seconds(preparation, answers)
-    )
+    training, evaluation = run_seconds(preparation)
     yield (
         f"time      about {readable(training + evaluation)} on one H100 at {REACHED:.0%} of its peak, an estimate:"
-        f" training {readable(training)} ({trained:,} tokens), {evaluations} evaluations {readable(evaluation)}"
-        f" ({scored:,} tokens{f' and up to {answers:,} steps of generation' if answers else ''} each)"
+        f" training {readable(training)} ({trained:,} tokens), {len(preparation.evaluation_steps) + 1} evaluations"
+        f" {readable(evaluation)} ({scored:,} tokens{f' and up to {answers:,} steps of generation' if answers else ''}"
+        " each)"
     )
 
 

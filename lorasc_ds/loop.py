@@ -28,6 +28,11 @@ def train(
     tracker.say(f"engine    {trainer.engine.name}, merges {trainer.backend.merge_path}")
     tracker.learning_rates(trainer.learning_rates)
 
+    def keep_examples() -> None:
+        """Those of the weights that would ship, as far as is known."""
+        if trainer.processes.main and selection.step in (0, progress.step):
+            trainer.examples.write(directory / "examples.json")
+
     def evaluate_if_due() -> None:
         if progress.step and (progress.step not in preparation.evaluation_steps or progress.phase == "closing"):
             return
@@ -37,6 +42,7 @@ def train(
                 scores = trainer.evaluate()
                 selection.consider(progress.step, index, merged, scores)
             patience.consider(progress.step, scores)
+            keep_examples()
             tracker.evaluated(f"epoch {tracker.epoch:g}", scores)
             return
         scores = trainer.evaluate()
@@ -44,6 +50,7 @@ def train(
         if progress.step in preparation.selection_steps:
             selection.consider(progress.step, index, None, scores)
             patience.consider(progress.step, scores)
+        keep_examples()
 
     try:
         evaluate_if_due()

@@ -30,7 +30,7 @@ def estimate(records: Sequence[Record], gpu_memory: int) -> Iterator[str]:
     yield f"{'runs':>6}  {'to do':>6}  {'each':>8}  {'memory':>8}  like"
     for group in alike.values():
         preparation = prepare(group[0].run.config)
-        each, memory = sum(run_seconds(preparation)), memory_plan(preparation, None).device
+        each, memory = sum(run_seconds(preparation)), memory_plan(preparation, {}).device
         todo = sum(one.state != "done" for one in group)
         seconds = [one.facts["seconds"] for one in group if one.facts]
         measured += todo * fmean(seconds) if seconds else 0.0

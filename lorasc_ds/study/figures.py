@@ -134,7 +134,7 @@ def curves_figure(results: Results, key: str, curves: Mapping[tuple[str, str], C
                 xs, means, deviations = zip(*spreads, strict=True)
                 axis.errorbar(xs, means, deviations, fmt=style, color=grey, label=label, ms=4, lw=1.2, capsize=2)
         every = sorted({x for points in lines.values() for x in points})
-        if every and every[0] > 0 and every[-1] / every[0] >= 8:
+        if every and every[0] > 0 and every[-1] / every[0] >= 3:
             axis.set_xscale("log")
             axis.set_xticks(every, [f"{x:g}" for x in every], fontsize=7)
             axis.minorticks_off()

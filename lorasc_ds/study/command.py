@@ -10,7 +10,6 @@ from lorasc_ds.errors import RunError
 from lorasc_ds.study.options import parse_options
 
 
-
 def main(arguments: Sequence[str]) -> int:
     """The command line. Returns 0 done, 1 runs failed or a bug, 2 flags or the study's file, 130 interrupted."""
     try:

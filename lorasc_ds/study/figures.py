@@ -112,7 +112,9 @@ def by_rate(results: Results, key: str) -> dict[tuple[str, str], Curves]:
         for name in results.study.scores:
             score = score_of(results.study, task, name)
             scores = {rate: [one.score(score) for one in ones] for rate, ones in points.items()}
-            whole = {rate: [v for v in values if v is not None] for rate, values in scores.items() if None not in values}
+            whole = {
+                rate: [v for v in values if v is not None] for rate, values in scores.items() if None not in values
+            }
             found.setdefault((task, name), {})[label] = whole
     return dict(found)
 
@@ -139,6 +141,8 @@ def curves_figure(results: Results, key: str, curves: Mapping[tuple[str, str], C
             axis.set_xticks(every, [f"{x:g}" for x in every], fontsize=7)
             axis.minorticks_off()
         axis.set(xlabel=short(key).replace("_", " "), ylabel="per cent" if math.isclose(factor, 100) else "value")
-    handles = {label: one for axis in axes.values() for one, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    handles = {
+        label: one for axis in axes.values() for one, label in zip(*axis.get_legend_handles_labels(), strict=True)
+    }
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     return figure

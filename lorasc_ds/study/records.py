@@ -59,7 +59,9 @@ def read(run: Run, job: Job) -> Record:
     """The record of a run, whatever became of it."""
     directory, ended = job.directory, content_of(job.directory.with_suffix(".json"))
     whole = state_of(directory) == "done" and (directory / "summary.json").exists()
-    whole = whole and (job.evaluate is None or is_complete(job.evaluation)) and (not job.inspect or job.inspection.exists())
+    whole = (
+        whole and (job.evaluate is None or is_complete(job.evaluation)) and (not job.inspect or job.inspection.exists())
+    )
     if whole:
         summary = json.loads((directory / "summary.json").read_text())
         return Record(run, job, "done", 0, "", summary["eval"]["dev"], scores_of(job, summary), facts_of(job, summary))

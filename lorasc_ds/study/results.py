@@ -73,7 +73,9 @@ def score_of(study: StudyConfig, task: str, name: str) -> str:
 def results_of(study: StudyConfig, records: Sequence[Record]) -> Results:
     rows = tuple(row for row in rows_of(study) if any(record.run.row == row for record in records))
     cells = {
-        (task, row.label): cell_of(study, task, row, [one for one in records if (one.run.task, one.run.row) == (task, row)])
+        (task, row.label): cell_of(
+            study, task, row, [one for one in records if (one.run.task, one.run.row) == (task, row)]
+        )
         for task in study.tasks
         for row in rows
     }

@@ -57,8 +57,8 @@ def p_of(differences: Sequence[float]) -> float | None:
 
     if len(differences) < 2:
         return None
-    if len(set(differences)) == 1:  # t has no spread to go by, but the signs have
-        return 2.0 ** (1 - len(differences)) if differences[0] else 1.0
+    if len({round(one, 12) for one in differences}) == 1:  # t has no spread to go by, but the signs have
+        return 2.0 ** (1 - len(differences)) if round(differences[0], 12) else 1.0
     return float(ttest_1samp(differences, 0.0).pvalue)
 
 

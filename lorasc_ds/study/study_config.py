@@ -70,7 +70,9 @@ class StudyConfig(Section):
     @classmethod
     def by_dev(cls, value: str) -> str:
         if not value.startswith("dev/"):
-            raise ValueError(f"select_by is {value!r}: a metric of dev such as dev/accuracy is needed; test is reported")
+            raise ValueError(
+                f"select_by is {value!r}: a metric of dev such as dev/accuracy is needed; test is reported"
+            )
         return value
 
     @model_validator(mode="after")

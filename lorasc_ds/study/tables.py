@@ -46,7 +46,9 @@ def score_sheets(results: Results) -> list[Sheet]:
     )
 
     def rows(columns: Sequence[tuple[str, str, str]]) -> list[tuple[str, ...]]:
-        return [(row.label, *(score_text(results, task, row, name) for _, task, name in columns)) for row in results.rows]
+        return [
+            (row.label, *(score_text(results, task, row, name) for _, task, name in columns)) for row in results.rows
+        ]
 
     return [
         Sheet(title, ("method", *(head for head, _, _ in columns)), tuple(rows(columns)), notes)

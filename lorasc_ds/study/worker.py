@@ -159,7 +159,9 @@ def read_job(file: Path) -> Job:
     """What `slurm.submit` wrote."""
     content = json.loads(file.read_text())
     flags = {key: None if content[key] is None else tuple(content[key]) for key in ("train", "evaluate")}
-    return Job(directory=Path(content["directory"]), recipe=Path(content["recipe"]), inspect=content["inspect"], **flags)
+    return Job(
+        directory=Path(content["directory"]), recipe=Path(content["recipe"]), inspect=content["inspect"], **flags
+    )
 
 
 if __name__ == "__main__":  # in a job of Slurm's, when the run has been trained

@@ -130,7 +130,7 @@ def curves_figure(results: Results, key: str, curves: Mapping[tuple[str, str], C
     for (task, name), axis in axes.items():
         factor = unit(score_of(results.study, task, name))
         lines = curves.get((task, name), {})
-        for (label, points), style, grey in zip(lines.items(), cycle(STYLES), cycle(GREYS)):  # noqa: B905 (endless)
+        for (label, points), style, grey in zip(lines.items(), cycle(STYLES), cycle(GREYS)):
             spreads = [(x, *(factor * (one or 0.0) for one in spread(points[x]))) for x in sorted(points)]
             if spreads:
                 xs, means, deviations = zip(*spreads, strict=True)

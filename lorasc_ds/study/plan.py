@@ -108,7 +108,7 @@ def keys_of(study: StudyConfig) -> Iterator[tuple[str, str]]:
             yield from ((f"{axis}.{name}.{part}", key) for part in parts for key in getattr(variant, part))
 
 
-def rows_of(study: StudyConfig, overrides: Mapping[str, str] = {}) -> list[Row]:  # noqa: B006 (only read)
+def rows_of(study: StudyConfig, overrides: Mapping[str, str] = {}) -> list[Row]:
     """The rows of the tables."""
     found = []
     for adapter, (strategy, variant) in product(study.adapters, study.strategies.items()):
@@ -120,15 +120,13 @@ def rows_of(study: StudyConfig, overrides: Mapping[str, str] = {}) -> list[Row]:
 
 
 def label_of(study: StudyConfig, adapter: str, strategy: str, sweep: tuple[str, Any] | None) -> str:
-    if strategy == PLAIN:
-        base = adapter
-    else:
-        base = strategy if len(study.adapters) == 1 else f"{adapter} {strategy}"
+    both = strategy if len(study.adapters) == 1 else f"{adapter} {strategy}"
+    base = adapter if strategy == PLAIN else both
     return base if sweep is None else f"{base}, {short(sweep[0])} {text_of(sweep[1])}"
 
 
 def baseline_of(rows: Sequence[Row], row: Row) -> Row:
-    """What a row is compared with: the first adapter and strategy, at the same point of the sweep where there is one."""
+    """What a row is compared with: the first adapter and strategy, at the same point of a sweep where it has one."""
     first = rows[0]
     same = [one for one in rows if (one.adapter, one.strategy) == (first.adapter, first.strategy)]
     return next((one for one in same if one.sweep == row.sweep), first)

@@ -9,8 +9,8 @@ from statistics import fmean
 TEST = (
     "paired t-tests (scipy.stats.ttest_1samp on differences to the baseline's row), two-sided: one over the seeds, one"
     " over the examples with their differences averaged over the seeds (a sign test where all differences are equal);"
-    " the larger of the two p counts, so that a"
-    " difference has to hold for other seeds and for other examples; corrected by Holm over all comparisons of the study"
+    " the larger of the two p counts, so that a difference has to hold for other seeds and for other examples; corrected"
+    " by Holm over all comparisons of the study"
 )
 
 
@@ -59,7 +59,8 @@ def p_of(differences: Sequence[float]) -> float | None:
         return None
     if len({round(one, 12) for one in differences}) == 1:  # t has no spread to go by, but the signs have
         return 2.0 ** (1 - len(differences)) if round(differences[0], 12) else 1.0
-    return float(ttest_1samp(differences, 0.0).pvalue)
+    _, p = ttest_1samp(differences, 0.0)
+    return float(p)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -1,6 +1,6 @@
 """Runs in processes of their own that begin with everything imported.
 
-One worker, the fork server of `multiprocessing`, imports torch and the trainer once for all runs, and does nothing else.
+One worker, the fork server of `multiprocessing`, imports torch and the trainer once for all runs, no more.
 A run is a fork of it: it starts at once, and knows nothing of the runs before it.
 """
 
@@ -158,9 +158,12 @@ def wait_for(directory: Path, seconds: float = 120.0) -> None:
 def read_job(file: Path) -> Job:
     """What `slurm.submit` wrote."""
     content = json.loads(file.read_text())
-    flags = {key: None if content[key] is None else tuple(content[key]) for key in ("train", "evaluate")}
     return Job(
-        directory=Path(content["directory"]), recipe=Path(content["recipe"]), inspect=content["inspect"], **flags
+        directory=Path(content["directory"]),
+        recipe=Path(content["recipe"]),
+        train=tuple(content["train"]),
+        evaluate=None if content["evaluate"] is None else tuple(content["evaluate"]),
+        inspect=content["inspect"],
     )
 
 

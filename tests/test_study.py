@@ -166,6 +166,18 @@ def test_the_two_tests_are_scipys_and_the_larger_p_counts() -> None:
     assert found.difference == pytest.approx(matrix[0].mean() - matrix[1].mean())
 
 
+def test_a_difference_that_few_examples_make_at_every_seed_does_not_count() -> None:
+    """All seeds agree, but two of four examples speak for it and two against."""
+    ours = [{"a": 1.0, "b": 1.0, "c": 0.0, "d": 0.1 + seed / 100} for seed in range(5)]
+    theirs = [{"a": 0.0, "b": 0.0, "c": 0.9, "d": 1.0} for _ in range(5)]
+    scores = [[statistics.fmean(one.values()) for one in each] for each in (ours, theirs)]
+    found = compare(*scores, ours, theirs)
+    assert found.p_seeds is not None
+    assert found.p_seeds < 0.001
+    assert found.p == found.p_examples
+    assert found.p > 0.5
+
+
 def test_examples_are_paired_by_their_names() -> None:
     first, second = {"a": 1.0, "b": 0.0, "c": 1.0}, {"c": 1.0, "a": 1.0, "b": 0.0}
     assert compare([0.6, 0.5], [0.6, 0.4], [first, first], [second, second]).p_examples == 1.0

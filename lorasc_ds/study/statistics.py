@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
+from typing import Any
 
 TEST = (
     "paired t-tests (scipy.stats.ttest_1samp on differences to the baseline's row), two-sided: one over the seeds, one"
@@ -59,8 +60,8 @@ def p_of(differences: Sequence[float]) -> float | None:
         return None
     if len({round(one, 12) for one in differences}) == 1:  # t has no spread to go by, but the signs have
         return 2.0 ** (1 - len(differences)) if round(differences[0], 12) else 1.0
-    _, p = ttest_1samp(differences, 0.0)
-    return float(p)
+    result: Any = ttest_1samp(differences, 0.0)  # scipy declares no pvalue
+    return float(result.pvalue)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -104,6 +104,11 @@ def make_parser(default_recipe: Path) -> argparse.ArgumentParser:
 def add_recipe(parser: argparse.ArgumentParser, default_recipe: Path, model: type[Config] = Config) -> None:
     """`--config` and an override for every field."""
     parser.add_argument("--config", type=Path, default=default_recipe, help="YAML recipe (default: the quickstart)")
+    add_overrides(parser, model)
+
+
+def add_overrides(parser: argparse.ArgumentParser, model: type[Config] = Config) -> None:
+    """An override for every field."""
     group = parser.add_argument_group("overrides of the recipe")
     for key, fields in fields_of(model).items():
         group.add_argument(f"--{key}", metavar="VALUE", help=meaning(fields).replace("%", "%%"))

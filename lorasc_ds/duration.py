@@ -22,27 +22,35 @@ LAYER_SECONDS = 5e-4
 BYTES = {"bfloat16": 2, "float32": 4}
 
 
-def duration_lines(preparation: Preparation) -> Iterator[str]:
-    """The tokens of a run and the time that they take."""
-    trained = training_tokens(preparation)
-    rows = preparation.config.training.batch_size * preparation.plan.steps
-    scored, answers = scored_tokens(preparation), generation_steps(preparation)
+def run_seconds(preparation: Preparation) -> tuple[float, float]:
+    """Of training, and of all evaluations."""
     evaluations = len(preparation.evaluation_steps) + 1  # before training too
     # A forward pass, and a backward pass of the same size: frozen weights have no gradients.
     passes = preparation.plan.steps * preparation.accumulation
+    rows = preparation.config.training.batch_size * preparation.plan.steps
     training = 2 * (
-        seconds(preparation, trained, passes) + passes * prompt_seconds(preparation) + image_seconds(preparation, rows)
+        seconds(preparation, training_tokens(preparation), passes)
+        + passes * prompt_seconds(preparation)
+        + image_seconds(preparation, rows)
     )
-    evaluation = evaluations * (
-        seconds(preparation, scored, evaluation_batches(preparation))
+    scoring = (
+        seconds(preparation, scored_tokens(preparation), evaluation_batches(preparation))
         + prompt_seconds(preparation)
-        + decoding_seconds(preparation, answers)
+        + decoding_seconds(preparation, generation_steps(preparation))
         + image_seconds(preparation, scored_rows(preparation))
     )
+    return training, evaluations * scoring
+
+
+def duration_lines(preparation: Preparation) -> Iterator[str]:
+    """The tokens of a run and the time that they take."""
+    trained = training_tokens(preparation)
+    scored, answers = scored_tokens(preparation), generation_steps(preparation)
+    training, evaluation = run_seconds(preparation)
     yield (
         f"time      about {readable(training + evaluation)} on one H100 at {REACHED:.0%} of its peak, an estimate:"
-        f" training {readable(training)} ({in_words(preparation, trained)}), {evaluations} evaluations"
-        f" {readable(evaluation)} ({in_words(preparation, scored)}"
+        f" training {readable(training)} ({in_words(preparation, trained)}), {len(preparation.evaluation_steps) + 1}"
+        f" evaluations {readable(evaluation)} ({in_words(preparation, scored)}"
         f"{f' and up to {answers:,} steps of generation' if answers else ''} each)"
     )
 

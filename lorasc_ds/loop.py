@@ -30,6 +30,11 @@ def train(
     tracker.say(f"engine    {trainer.engine.name}, merges {trainer.backend.merge_path}")
     tracker.learning_rates(trainer.learning_rates)
 
+    def keep_examples() -> None:
+        """Those of the weights that would ship, as far as is known."""
+        if trainer.processes.main and selection.step in (0, progress.step):
+            trainer.examples.write(directory / "examples.json")
+
     def evaluate_if_due() -> None:
         if progress.step and (progress.step not in preparation.evaluation_steps or progress.phase == "closing"):
             return
@@ -40,6 +45,7 @@ def train(
                 scores = trainer.evaluate()
                 selection.consider(progress.step, index, merged, scores)
             patience.consider(progress.step, scores)
+            keep_examples()
             tracker.evaluated(f"epoch {tracker.epoch:g}", scores)
             return
         scores = trainer.evaluate()
@@ -47,6 +53,7 @@ def train(
         if progress.step in preparation.selection_steps:
             selection.consider(progress.step, index, None, scores)
             patience.consider(progress.step, scores)
+        keep_examples()
 
     def turns_to(closed: Progress, expert: Expert) -> Expert | None:
         """The expert after `expert`, where nothing reads the weights between them."""

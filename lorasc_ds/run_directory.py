@@ -158,7 +158,7 @@ def clear(directory: Path) -> None:
         (directory / "ledger").rename(aside)
     for name in ("checkpoints", "ledger", "model", "tensorboard"):
         shutil.rmtree(directory / name, ignore_errors=True)
-    for name in ("metrics.jsonl", "summary.json", "status.json"):
+    for name in ("metrics.jsonl", "examples.json", "summary.json", "status.json"):
         (directory / name).unlink(missing_ok=True)
 
 

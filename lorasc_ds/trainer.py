@@ -21,6 +21,7 @@ from lorasc_ds.classifier import ImageClassifier, SavedHead, make_rows
 from lorasc_ds.encoded import EncodedExample
 from lorasc_ds.errors import CheckpointError, ConfigError
 from lorasc_ds.evaluation import check_images, check_layout, evaluate, evaluation_mode, for_the_loss_alone
+from lorasc_ds.examples import ExampleMetrics
 from lorasc_ds.generation import Generator
 from lorasc_ds.image_reading import ImageReading
 from lorasc_ds.in_flight import StepInFlight
@@ -31,7 +32,7 @@ from lorasc_ds.order import derived_seed
 from lorasc_ds.prefetching import Ahead
 from lorasc_ds.preparation import Preparation
 from lorasc_ds.profiling import span
-from lorasc_ds.scoring import explaining_memory
+from lorasc_ds.scoring import Record, explaining_memory
 from lorasc_ds.selection import Patience, Selection
 from lorasc_ds.sharding import Processes, prepare_engine
 from lorasc_ds.stopping import Stopping
@@ -121,6 +122,7 @@ class Trainer:
         self.selection = Selection(training.select, self.live)
         self.patience = Patience(training.early_stopping_patience)
         self.generator = self.make_generator()
+        self.examples = ExampleMetrics()
         if ledger_length is None:
             ledger = self.new_ledger(getattr(module.config, "_commit_hash", None), directory / "ledger", tuple(others))
         else:
@@ -200,13 +202,21 @@ class Trainer:
         return logits
 
     def evaluate(self) -> Scores:
-        return self.scores(self.preparation.splits)
+        """On every split; what every example scored is in `examples` until the next call."""
+        self.examples = ExampleMetrics()
+        return self.scores(self.preparation.splits, record=self.examples.add)
 
     @span("evaluation")
-    def scores(self, splits: Mapping[str, Sequence[EncodedExample]], answers: bool = True) -> Scores:
+    def scores(
+        self,
+        splits: Mapping[str, Sequence[EncodedExample]],
+        answers: bool = True,
+        record: Callable[[str, Any, Record], None] | None = None,
+    ) -> Scores:
         """
         Args:
             answers: whether they are generated, where the task asks for it; else the loss is all.
+            record: as in `evaluate`.
         """
         return evaluate(
             self.engine.model,
@@ -217,6 +227,7 @@ class Trainer:
             processes=self.processes,
             poll=lambda: self.stopping.poll(self.processes),
             generator=self.generator if answers else None,
+            record=record,
         )
 
     def dev_loss(self) -> float:

@@ -25,6 +25,8 @@ OWNERS = {  # engine -> the places that may import it
         "training_config.py",
         "fields.py",
         "show_data.py",
+        "study/study_config.py",
+        "study/options.py",
     ),
 }
 FORBIDDEN = {  # place -> what it must not know
@@ -67,6 +69,10 @@ FORBIDDEN = {  # place -> what it must not know
     "benchmark/command.py": ("torch", "transformers"),
     "plugin.py": ("torch.distributed", "peft", "deepspeed", "pydantic"),
     "callback.py": ("torch.distributed", "peft", "deepspeed", "pydantic"),
+    "study/study_config.py": ("torch", "lorasc_ds.algorithm", "lorasc_ds.tasks", "lorasc_ds.errors"),
+    "study/plan.py": ("torch", "lorasc_ds.algorithm", "lorasc_ds.train", "lorasc_ds.run", "lorasc_ds.sharding"),
+    "study/selection.py": ("lorasc_ds.",),  # what it sees is what it is given: dev
+    "study/statistics.py": ("lorasc_ds.",),
     "cascade.py": (
         "lorasc_ds.run",
         "lorasc_ds.train",

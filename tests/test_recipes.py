@@ -8,6 +8,7 @@ import re
 import shlex
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from multiprocessing import active_children
 from pathlib import Path
 from typing import Any, get_args
@@ -37,6 +38,10 @@ from lorasc_ds.config import AdapterConfig, CascadeConfig, Config
 from lorasc_ds.method import make_method, make_plan
 from lorasc_ds.preparation import prepare
 from lorasc_ds.run_directory import flatten
+from lorasc_ds.study.options import load_study, parse_options
+from lorasc_ds.study.records import read as read_record
+from lorasc_ds.study.study import job_of
+from lorasc_ds.study.worker import perform
 from lorasc_ds.train import main
 
 FOLDER = RECIPE.parent
@@ -304,3 +309,41 @@ def test_the_loops_of_the_readme_run(
     exec(after, dict(names))
     assert [record.steps for record in Ledger.load(tmp_path / "runs/mine/ledger").experts] == [(0, 2), (2, 4), (4, 6)]
     LlamaForCausalLM.from_pretrained(tmp_path / "runs/mine/model")
+
+
+PAPER_STUDIES = ["table1", "table2", "table3", "table4", "figure2", "rank_growth", "noise", "retention"]
+
+
+@pytest.mark.parametrize("name", PAPER_STUDIES)
+def test_every_row_of_a_study_of_the_paper_takes_two_steps_and_is_scored(
+    name: str, tiny_models: Callable[[str], Path], shared_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of one task, at the first point of its grid; the first row on benchmarks, too (Table 3: on ImageNet)."""
+    file = FOLDER.parent / "studies" / f"{name}.yaml"
+    asked = load_study(file)
+    first = "drop" if name == "figure2" else next(iter(asked.tasks))  # squad takes long to read
+    recipe = config_of(recipe=Path(asked.recipe).name)
+    flags = files_of(first, shared_data, tmp_path)
+    flags += [f"--model.name_or_path={tiny_models(recipe.model.name_or_path)}", "--training.max_steps=2"]
+    flags += ["--training.warmup_steps=0", "--training.batch_size=2", "--training.micro_batch_size=1"]
+    flags += ["--training.evaluate=end", "--training.select=last", "--training.data_workers=0"]
+    flags += ["--adapter.rank=2", "--training.epochs=1"]  # what a study may sweep
+    command = [str(file), "--output_dir", str(tmp_path / "out"), "--seeds=0", f"--tasks={first}", *flags]
+    options = parse_options([*command, "--training.learning_rate=1e-3"])
+    benchmarks = {"table2": options.study.evaluate | {"data_dir": str(shared_data), "limit": 1, "sandbox": "none"}}
+    benchmarks |= {"table3": {"tasks": "imagenet"}}
+    study = options.study.model_copy(update={"evaluate": benchmarks.get(name, {})})
+    options = replace(options, study=study)
+    rows = {run.row.label: run for run in options.runs if run.config.cascade.experts in (None, 2)}
+    assert len(rows) == len({run.row.label for run in options.runs}) - (4 if name == "table4" else 0)
+    monkeypatch.setattr("sys.argv", [])
+    for number, run in enumerate({run.digest: run for run in rows.values()}.values()):
+        job = job_of(options, run)
+        job = job if number == 0 else replace(job, evaluate=None)
+        assert perform(job) == 0, run.title
+        record = read_record(run, job)
+        assert record.state == "done"
+        scored = (study.tasks[first].scores or study.scores).values()
+        own = [score for score in scored if number == 0 or not study.evaluate]
+        values = {score: record.score(score) for score in (own if name != "table3" else own[:1])}
+        assert all(value is not None and math.isfinite(value) for value in values.values()), values

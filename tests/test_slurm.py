@@ -104,6 +104,34 @@ def test_two_nodes_train_the_quickstart_and_go_on_after_a_requeue(cluster: Clust
     assert steps() == list(range(1, 181))
 
 
+def test_a_study_is_completed_as_an_array_of_two_node_runs(cluster: Cluster, tmp_path: Path) -> None:
+    """Submitted, trained, measured, collected; a second time there is nothing to submit."""
+    study = {
+        "title": "By Slurm",
+        "recipe": str(ROOT / "launch" / "recipes" / "quickstart.yaml"),
+        "set": {"task.train_examples": 12, "task.dev_examples": 8, "task.test_examples": 10, "training.epochs": 2,
+                "training.evaluate": "end", "training.save_model": False, "tracking.tensorboard": False},
+        "tasks": {"mirrored": {}},
+        "strategies": {"LoRA": {"set": {"cascade.strategy": "lora"}}, "LoRASC": {}},
+        "scores": {"new": "new_domain/accuracy", "rank": "ledger/bound"},
+        "inspect": True,
+        "seeds": [0],
+    }  # fmt: skip
+    (tmp_path / "study.yaml").write_text(json.dumps(study))
+    command = [sys.executable, "launch/study.py", str(tmp_path / "study.yaml"), "--output_dir", str(tmp_path / "out")]
+    variables = {"PATH": f"{BIN}:{PATH}", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    said = cluster.run(*command, "--slurm=--nodes=2", cwd=ROOT, **variables)
+    assert "submitted 2 runs as array" in said
+    cluster.wait("the end of both runs", lambda: not cluster.run("squeue", "--noheader"), seconds=200)
+    said = cluster.run(*command, "--collect", cwd=ROOT, **variables)
+    logs = [file.read_text() for file in sorted((tmp_path / "out" / "slurm").glob("*/*.log"))]
+    lines = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
+    assert [(line["state"], line["world_size"], line["scores"]["ledger/bound"]) for line in lines] == [
+        ("done", 2, 8.0), ("done", 2, 16.0)
+    ], logs  # fmt: skip
+    assert "nothing is left to submit" in cluster.run(*command, "--slurm=--nodes=2", cwd=ROOT, **variables)
+
+
 def test_every_gpu_of_every_node_gets_a_process_that_knows_its_place(cluster: Cluster, checkout: Path) -> None:
     job = submit(
         cluster,

@@ -1,0 +1,148 @@
+"""The figures of a study, as PNG and SVG: marks and dashes tell rows apart, so that grey is enough."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Mapping, Sequence
+from itertools import cycle
+from typing import Any
+
+from lorasc_ds.study.paper import TABLES
+from lorasc_ds.study.plan import Row, short
+from lorasc_ds.study.records import Record
+from lorasc_ds.study.results import LEVEL, Results, score_of, spread
+from lorasc_ds.study.tables import is_plain
+
+STYLES = ("o-", "s--", "^:", "D-.", "v-", "P--", "X:", "*-.")
+GREYS = ("0.0", "0.45", "0.0", "0.45", "0.6", "0.3", "0.6", "0.3")
+WIDTH = 3.4  # inches of a panel
+Curves = Mapping[str, Mapping[float, Sequence[float]]]  # line -> x -> values by seed
+
+
+def draw(results: Results) -> dict[str, bytes]:
+    """File name -> content: the table as a picture, a line per strategy over what is swept, and over learning rates."""
+    figures = {"scores": scores_figure(results)}
+    for key in dict.fromkeys(row.sweep[0] for row in results.rows if row.sweep):
+        figures[f"over_{short(key)}"] = curves_figure(results, key, swept(results, key))
+    rates = "training.learning_rate"
+    if any(len({dict(one.run.choice).get(rates) for one in cell.every}) > 1 for cell in results.cells.values()):
+        figures["over_learning_rate"] = curves_figure(results, rates, by_rate(results, rates))
+    return {f"{name}.{kind}": saved(figure, kind) for name, figure in figures.items() for kind in ("png", "svg")}
+
+
+def saved(figure: Any, kind: str) -> bytes:
+    from matplotlib import rc_context
+
+    buffer = io.BytesIO()
+    with rc_context({"svg.hashsalt": "lorasc", "svg.fonttype": "none"}):  # the same bytes at every call
+        figure.savefig(buffer, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else None)
+    return buffer.getvalue()
+
+
+def panels(results: Results, height: float) -> tuple[Any, dict[tuple[str, str], Any]]:
+    """A figure with a panel for every task (down) and score (across)."""
+    from matplotlib.figure import Figure  # here, since it takes a second and is needed here only
+
+    tasks, names = [*results.study.tasks], [*results.study.scores]
+    figure = Figure(figsize=(1.6 + WIDTH * len(names), 1.2 + height * len(tasks)), layout="constrained")
+    figure.suptitle(results.study.title)
+    axes = figure.subplots(len(tasks), len(names), squeeze=False)
+    found = {(task, name): axes[i, j] for i, task in enumerate(tasks) for j, name in enumerate(names)}
+    for (task, name), axis in found.items():
+        axis.set_title(f"{task}: {name}" if len(tasks) > 1 else name, fontsize=10)
+        axis.grid(color="0.9", lw=0.6)
+        axis.spines[["top", "right"]].set_visible(False)
+    return figure, found
+
+
+def unit(score: str) -> float:
+    """What a value is multiplied by to be shown."""
+    return 1.0 if is_plain(score) else 100.0
+
+
+def scores_figure(results: Results) -> Any:
+    """Mean and standard deviation of every row; full marks differ from the baseline's, diamonds are quoted."""
+    figure, axes = panels(results, 0.6 + 0.24 * len(results.rows))
+    quoted = TABLES[results.study.paper].rows if results.study.paper else {}
+    for (task, name), axis in axes.items():
+        score = score_of(results.study, task, name)
+        for at, row in enumerate(results.rows):
+            values = results.cells[task, row.label].values(score)
+            tested = results.tested.get((task, row.label, name))
+            if values:
+                mean, deviation = (unit(score) * (one or 0.0) for one in spread(values))
+                face = "black" if tested and tested.p < LEVEL else "white"
+                axis.errorbar(mean, at, xerr=deviation, fmt="o", color="black", mfc=face, ms=5, lw=1, capsize=2)
+            column = task if len(results.study.tasks) > 1 else name
+            if column in quoted.get(row.label, {}):
+                axis.plot(float(quoted[row.label][column]), at, "D", color="0.55", mfc="none", ms=6)
+        labels = [row.label for row in results.rows] if name == next(iter(results.study.scores)) else []
+        axis.set_yticks(range(len(results.rows)), labels or [""] * len(results.rows), fontsize=8)
+        axis.set(ylim=(len(results.rows) - 0.5, -0.5), xlabel="per cent" if unit(score) > 1 else "value")
+    figure.supxlabel(f"full: differs from {results.rows[0].label}, p < {LEVEL} (Holm)", fontsize=8)
+    return figure
+
+
+def swept(results: Results, key: str) -> dict[tuple[str, str], Curves]:
+    """Of every panel the values at the points of a sweep, each at what dev chose there."""
+    found: dict[tuple[str, str], dict[str, dict[float, list[float]]]] = {}
+    for (task, _), cell in results.cells.items():
+        for name in results.study.scores:
+            values = cell.values(score_of(results.study, task, name))
+            if cell.row.sweep is not None and cell.row.sweep[0] == key and values:
+                line = found.setdefault((task, name), {}).setdefault(line_of(results, cell.row), {})
+                line[float(cell.row.sweep[1])] = values
+    return dict(found)
+
+
+def by_rate(results: Results, key: str) -> dict[tuple[str, str], Curves]:
+    """Of every panel the values at every learning rate, with the rest of the choice that dev made; rows of no sweep."""
+    found: dict[tuple[str, str], dict[str, dict[float, list[float]]]] = {}
+    for (task, label), cell in results.cells.items():
+        if cell.row.sweep is not None or cell.choice is None:
+            continue
+        rest = {one: value for one, value in cell.choice if one != key}
+        points: dict[float, list[Record]] = {}
+        for record in cell.every:
+            choice = dict(record.run.choice)
+            rate = choice.pop(key, None)
+            if choice == rest and rate is not None:
+                points.setdefault(float(rate), []).append(record)
+        for name in results.study.scores:
+            score = score_of(results.study, task, name)
+            scores = {rate: [one.score(score) for one in ones] for rate, ones in points.items()}
+            whole = {
+                rate: [v for v in values if v is not None] for rate, values in scores.items() if None not in values
+            }
+            found.setdefault((task, name), {})[label] = whole
+    return dict(found)
+
+
+def line_of(results: Results, row: Row) -> str:
+    adapters = {one.adapter for one in results.rows}
+    return row.strategy if len(adapters) == 1 else f"{row.adapter} {row.strategy}"
+
+
+def curves_figure(results: Results, key: str, curves: Mapping[tuple[str, str], Curves]) -> Any:
+    """Means over x with bars of one standard deviation; a row with a failed seed has no point there."""
+    figure, axes = panels(results, 2.4)
+    for (task, name), axis in axes.items():
+        factor = unit(score_of(results.study, task, name))
+        lines = curves.get((task, name), {})
+        for (label, points), style, grey in zip(lines.items(), cycle(STYLES), cycle(GREYS)):
+            spreads = [(x, *(factor * (one or 0.0) for one in spread(points[x]))) for x in sorted(points)]
+            if spreads:
+                xs, means, deviations = zip(*spreads, strict=True)
+                axis.errorbar(xs, means, deviations, fmt=style, color=grey, label=label, ms=4, lw=1.2, capsize=2)
+        every = sorted({x for points in lines.values() for x in points})
+        if every and every[0] > 0 and every[-1] / every[0] >= 3:
+            axis.set_xscale("log")
+            axis.set_xticks(every, [f"{x:g}" for x in every], fontsize=7)
+            axis.minorticks_off()
+        axis.set(xlabel=short(key).replace("_", " "), ylabel="per cent" if math.isclose(factor, 100) else "value")
+    handles = {
+        label: one for axis in axes.values() for one, label in zip(*axis.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, frameon=False, fontsize=8)
+    return figure

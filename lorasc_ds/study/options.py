@@ -1,0 +1,155 @@
+"""What `launch/study.py` takes: its flags and the study's YAML, without torch, so that `--help` is quick."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from lorasc_ds.cli import Parser, add_overrides, did_you_mean, parse
+from lorasc_ds.errors import ConfigError
+from lorasc_ds.recipes import load_yaml
+from lorasc_ds.study.paper import TABLES
+from lorasc_ds.study.plan import Run, expand
+from lorasc_ds.study.study_config import StrategyVariant, StudyConfig, TaskVariant
+
+
+@dataclass(frozen=True, slots=True)
+class StudyOptions:
+    """What the command line asks for.
+
+    Args:
+        file: the study's YAML.
+        runs: all of them, in the order of the tables.
+        at_once: runs at a time.
+        retry_failed: whether runs that diverged are tried again.
+        collect: only make the tables of what is there.
+        slurm: flags of sbatch; None: run here.
+    """
+
+    file: Path
+    study: StudyConfig
+    recipe: Path
+    runs: tuple[Run, ...]
+    output_dir: Path
+    at_once: int
+    retry_failed: bool
+    dry_run: bool
+    collect: bool
+    slurm: tuple[str, ...] | None
+    gpu_memory: float | None
+
+    def directory(self, run: Run) -> Path:
+        return self.output_dir / "runs" / run.name
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = Parser(
+        prog="study.py",
+        description="Carry out a study: all runs of a YAML, hyper-parameters chosen by dev, tables and figures.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("file", type=Path, metavar="STUDY", help="YAML of the study, as in launch/studies/")
+    add("--output_dir", type=Path, help="runs, tables, figures (default: studies/NAME)")
+    add("--at_once", type=int, default=1, metavar="N", help="runs at a time on this machine (default: 1)")
+    add("--tasks", metavar="NAME[,NAME]", help="only these of its tasks")
+    add("--rows", metavar="NAME[,NAME]", help="only these of its strategies")
+    add("--adapters", metavar="NAME[,NAME]", help="only these of its adapters")
+    add("--seeds", metavar="N[,N]", help="these in place of its seeds")
+    add("--retry_failed", action="store_true", help="try runs again that diverged; others that failed are in any case")
+    add("--collect", action="store_true", help="carry out nothing; tables and figures of what is there")
+    add("--dry_run", action="store_true", help="number of runs, hours, GPU memory; carry out nothing")
+    add("--gpu_memory", type=float, metavar="GIB", help="with --dry_run: of the GPU (default: the one here, or 80)")
+    add(
+        "--slurm",
+        nargs="?",
+        const="",
+        metavar="FLAGS",
+        help="submit the runs as a Slurm array; FLAGS of sbatch in one text, as '--gpus-per-node=1 --time=24:00:00'",
+    )
+    add_overrides(parser)
+    return parser
+
+
+def parse_options(arguments: Sequence[str]) -> StudyOptions:
+    """
+    Raises:
+        ConfigError: one line with the flag or the key, and the remedy.
+    """
+    options = parse(make_parser(), arguments)
+    if options.at_once < 1:
+        raise ConfigError(f"--at_once is {options.at_once}: a number from 1 on is needed")
+    if options.gpu_memory is not None and not options.dry_run:
+        raise ConfigError(f"--gpu_memory {options.gpu_memory:g} is for planning: add --dry_run, or leave it out")
+    study = narrowed(load_study(options.file), options)
+    recipe = options.file.parent / study.recipe
+    overrides = {key: value for key, value in vars(options).items() if "." in key and value is not None}
+    if "training.seed" in overrides:
+        raise ConfigError(f"--training.seed {overrides['training.seed']}: give --seeds, which names all of them")
+    return StudyOptions(
+        file=options.file,
+        study=study,
+        recipe=recipe,
+        runs=expand(study, recipe, overrides),
+        output_dir=options.output_dir or Path("studies") / options.file.stem,
+        at_once=options.at_once,
+        retry_failed=options.retry_failed,
+        dry_run=options.dry_run,
+        collect=options.collect,
+        slurm=None if options.slurm is None else tuple(options.slurm.split()),
+        gpu_memory=options.gpu_memory,
+    )
+
+
+def load_study(file: Path) -> StudyConfig:
+    """
+    Raises:
+        ConfigError: the file is no study.
+    """
+    content, places = load_yaml(file)
+    try:
+        study = StudyConfig.model_validate(content)
+    except ValidationError as error:
+        raise explained(error, places) from None
+    if study.paper is not None and study.paper not in TABLES:
+        raise ConfigError(f"{places['paper']}: paper is {study.paper!r}: one of {', '.join(TABLES)} is needed")
+    return study
+
+
+def explained(error: ValidationError, places: dict[str, str]) -> ConfigError:
+    """The first problem: the key, where it stands, what is needed."""
+    detail = error.errors()[0]
+    key = ".".join(str(part) for part in detail["loc"])
+    place = f" ({places[key]})" if key in places else ""
+    if detail["type"] == "extra_forbidden":
+        variants = TaskVariant.model_fields | StrategyVariant.model_fields
+        known = [*(StudyConfig.model_fields if len(detail["loc"]) == 1 else variants)]
+        return ConfigError(f"unknown key {key}{place}{did_you_mean(str(detail['loc'][-1]), known)}")
+    if detail["type"] == "value_error":
+        return ConfigError(str(detail.get("ctx", {}).get("error")))
+    return ConfigError(f"{key}{place}: {detail['msg'].replace('Input should be', 'needs to be')}")
+
+
+def narrowed(study: StudyConfig, options: argparse.Namespace) -> StudyConfig:
+    """The study with those members of its axes that the command line names."""
+    changed = {}
+    for axis, given in (("tasks", options.tasks), ("strategies", options.rows), ("adapters", options.adapters)):
+        if given is not None:
+            members, names = getattr(study, axis), [name.strip() for name in given.split(",")]
+            for name in names:
+                if name not in members:
+                    raise ConfigError(
+                        f"{name!r} is none of the study's {axis}, which are {', '.join(members)}"
+                        f"{did_you_mean(name, [*members])}"
+                    )
+            changed[axis] = {name: members[name] for name in members if name in names}
+    if options.seeds is not None:
+        try:
+            changed["seeds"] = tuple(int(seed) for seed in options.seeds.split(","))
+        except ValueError:
+            raise ConfigError(f"--seeds {options.seeds}: whole numbers with commas between them are needed") from None
+    return study.model_copy(update=changed)

@@ -1,0 +1,113 @@
+"""The cells of a study's tables: what dev chose for each, its runs, and how it compares with the baseline."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean, stdev
+
+from lorasc_ds.study.plan import Choice, Row, baseline_of, rows_of
+from lorasc_ds.study.records import Record
+from lorasc_ds.study.selection import choose
+from lorasc_ds.study.statistics import Comparison, compare, holm
+from lorasc_ds.study.study_config import StudyConfig
+
+LEVEL = 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """A task under a row.
+
+    Args:
+        choice: the point of the grid that dev chose; None where no point has all its seeds.
+        chosen: the runs there, by seed.
+        every: the runs of all points.
+    """
+
+    task: str
+    row: Row
+    choice: Choice | None
+    chosen: tuple[Record, ...]
+    every: tuple[Record, ...]
+
+    def values(self, score: str) -> list[float]:
+        """Of the chosen runs, by seed; [] where one does not have it."""
+        found = [record.score(score) for record in self.chosen]
+        return [value for value in found if value is not None] if None not in found else []
+
+    def count(self, state: str) -> int:
+        return sum(record.state == state for record in self.every)
+
+
+@dataclass(frozen=True, slots=True)
+class Tested:
+    """A comparison, and its p corrected for all that were made."""
+
+    comparison: Comparison
+    p: float
+
+    @property
+    def mark(self) -> str:
+        """↑ or ↓ where the difference is significant."""
+        return "" if self.p >= LEVEL else " ↑" if self.comparison.difference > 0 else " ↓"
+
+
+@dataclass(frozen=True, slots=True)
+class Results:
+    """Args:
+    tested: (task, row's label, name of the score) -> the comparison with the baseline.
+    """
+
+    study: StudyConfig
+    rows: tuple[Row, ...]
+    cells: Mapping[tuple[str, str], Cell]
+    tested: Mapping[tuple[str, str, str], Tested]
+
+
+def score_of(study: StudyConfig, task: str, name: str) -> str:
+    """What a column of a task shows, as `StudyConfig.scores` has it."""
+    return (study.tasks[task].scores or study.scores)[name]
+
+
+def results_of(study: StudyConfig, records: Sequence[Record]) -> Results:
+    rows = tuple(row for row in rows_of(study) if any(record.run.row == row for record in records))
+    cells = {
+        (task, row.label): cell_of(
+            study, task, row, [one for one in records if (one.run.task, one.run.row) == (task, row)]
+        )
+        for task in study.tasks
+        for row in rows
+    }
+    compared: dict[tuple[str, str, str], Comparison] = {}
+    for task, row, name in ((task, row, name) for task in study.tasks for row in rows for name in study.scores):
+        baseline = baseline_of(rows, row)
+        if row != baseline:
+            found = against(cells[task, row.label], cells[task, baseline.label], score_of(study, task, name))
+            compared |= {} if found is None else {(task, row.label, name): found}
+    p_values = {key: one.p for key, one in compared.items() if one.p is not None}
+    adjusted = zip(p_values, holm([*p_values.values()]), strict=True)
+    return Results(study, rows, cells, {key: Tested(compared[key], p) for key, p in adjusted})
+
+
+def cell_of(study: StudyConfig, task: str, row: Row, records: Sequence[Record]) -> Cell:
+    points: dict[Choice, list[Record]] = {}
+    for record in records:
+        points.setdefault(record.run.choice, []).append(record)
+    metric = (study.tasks[task].select_by or study.select_by).removeprefix("dev/")
+    choice = choose({point: [one.dev for one in ones] for point, ones in points.items()}, metric)
+    return Cell(task, row, choice, tuple(points[choice]) if choice is not None else (), tuple(records))
+
+
+def against(cell: Cell, baseline: Cell, score: str) -> Comparison | None:
+    """None where one of them has not all its seeds."""
+    ours, theirs = cell.values(score), baseline.values(score)
+    if not ours or not theirs:
+        return None
+    return compare(ours, theirs, *([one.outcomes(score) for one in each.chosen] for each in (cell, baseline)))
+
+
+def spread(values: Iterable[float]) -> tuple[float, float | None]:
+    """Mean and standard deviation (n - 1) over the seeds; None for one seed."""
+    found = [*values]
+    return fmean(found), stdev(found) if len(found) > 1 else None

@@ -1,0 +1,93 @@
+"""Carries out a study: what is missing is run, here or by Slurm; then tables, figures and `results.jsonl`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from lorasc_ds import run_directory
+from lorasc_ds.algorithm.files import write_atomically
+from lorasc_ds.memory import gpu_bytes
+from lorasc_ds.robustness_report import as_markdown, as_text
+from lorasc_ds.study import figures, records, slurm
+from lorasc_ds.study.estimate import estimate
+from lorasc_ds.study.options import StudyOptions
+from lorasc_ds.study.plan import Run, text_of
+from lorasc_ds.study.records import DIVERGED, Record
+from lorasc_ds.study.results import results_of
+from lorasc_ds.study.tables import latex, sheets
+from lorasc_ds.study.worker import Job
+from lorasc_ds.study.worker import carry_out as run_jobs
+
+
+def carry_out(options: StudyOptions) -> int:
+    """Do what the command line asks for. Returns 0, or 1 where runs failed.
+
+    Raises:
+        ConfigError: the directory cannot be used, or Slurm refuses.
+    """
+    found = read(options)
+    jobs = to_do(options, found)
+    states = {one.run.digest: one.state for one in found}
+    done = sum(state == "done" for state in states.values())
+    print(f"study     {options.study.title}: {len(states)} runs, {done} done", flush=True)
+    if options.dry_run:
+        print("\n".join(estimate(found, gpu_bytes(options.gpu_memory))))
+        return 0
+    options.output_dir.mkdir(parents=True, exist_ok=True)
+    if options.slurm is not None:
+        print(slurm.submit(jobs, options.output_dir, options.slurm))
+        return 0
+    if jobs and not options.collect:
+        with run_directory.locked(options.output_dir):
+            run_here(jobs, {options.directory(run): run for run in options.runs}, options.at_once)
+        found = read(options)
+    tell(options, found)
+    return int(any(one.state == "failed" for one in found))
+
+
+def read(options: StudyOptions) -> list[Record]:
+    """What is there of every run."""
+    return [records.read(run, job_of(options, run)) for run in options.runs]
+
+
+def job_of(options: StudyOptions, run: Run) -> Job:
+    study, engine = options.study, [f"--deepspeed={options.study.deepspeed}"] if options.study.deepspeed else []
+    flags = [f"--{key}" if value is True else f"--{key}={text_of(value)}" for key, value in study.evaluate.items()]
+    return Job(
+        directory=options.directory(run),
+        recipe=options.recipe,
+        train=(*run.flags, *engine),
+        evaluate=(*flags, *engine) if flags else None,
+        inspect=study.inspect,
+    )
+
+
+def to_do(options: StudyOptions, found: Sequence[Record]) -> list[Job]:
+    """The runs that are missing or failed, each once; one that diverged would do so again."""
+    again = {one.job.directory: one.job for one in found if one.state != "done"}
+    settled = {one.job.directory for one in found if one.exit_code == DIVERGED and not options.retry_failed}
+    return [job for directory, job in again.items() if directory not in settled]
+
+
+def run_here(jobs: Sequence[Job], runs: Mapping[Path, Run], at_once: int) -> None:
+    """Carry out jobs, a line for each as it ends."""
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // at_once)))
+    (jobs[0].directory.parent).mkdir(exist_ok=True)
+    for number, (job, code, seconds) in enumerate(run_jobs(jobs, at_once), start=1):
+        end = "done" if code == 0 else f"FAILED with {code}, see {job.directory.with_suffix('.log')}"
+        print(f"{number:>5}/{len(jobs)}  {runs[job.directory].title}: {end}, {seconds:.1f} s", flush=True)
+
+
+def tell(options: StudyOptions, found: Sequence[Record]) -> None:
+    """Write `results.jsonl`, `tables.md`, `tables.tex` and the figures, and print the tables."""
+    results, folder = results_of(options.study, found), options.output_dir
+    every = sheets(results)
+    records.write(folder / "results.jsonl", options.study.title, found)
+    write_atomically(folder / "tables.md", as_markdown(every).encode())
+    write_atomically(folder / "tables.tex", "\n".join(map(latex, every)).encode())
+    for name, data in figures.draw(results).items():
+        write_atomically(folder / name, data)
+    print(as_text(every))
+    print(f"written   {folder}: results.jsonl, tables.md, tables.tex, figures")

@@ -1,0 +1,172 @@
+"""The tables of a study in the paper's layout, as Markdown and as LaTeX."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from lorasc_ds.robustness_report import Sheet
+from lorasc_ds.study.paper import TABLES, Quoted
+from lorasc_ds.study.plan import Choice, Row, baseline_of, short, text_of
+from lorasc_ds.study.results import LEVEL, Cell, Results, score_of, spread
+from lorasc_ds.study.statistics import TEST
+
+PLAIN_NUMBERS = {"loss", "perplexity", "mce", "ledger"}  # in the names of scores that are no shares
+LATEX = {"\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "_": r"\_", "#": r"\#", "±": r"$\pm$"}
+LATEX |= {"↑": r"$\uparrow$", "↓": r"$\downarrow$", "α": r"$\alpha$", "λ": r"$\lambda$", "<": "$<$", ">": "$>$"}
+
+
+def sheets(results: Results) -> list[Sheet]:
+    """The tables: scores with what is quoted beside them, differences, choices, and what failed."""
+    found = score_sheets(results)
+    if results.study.paper is not None:
+        quoted = TABLES[results.study.paper]
+        same = any(column in of_row for column in found[0].head for of_row in quoted.rows.values())
+        found = [beside(found[0], quoted), *found[1:]] if same else [*found, as_sheet(quoted)]
+    return [*found, *difference_sheets(results), choice_sheet(results), *failure_sheets(results)]
+
+
+def columns_of(results: Results) -> list[tuple[str, list[tuple[str, str, str]]]]:
+    """Title and columns of every table of scores; of a column its head, the task, and the name of the score."""
+    study = results.study
+    if len(study.tasks) == 1:
+        (task,) = study.tasks
+        return [(study.title, [(name, task, name) for name in study.scores])]
+    return [(f"{study.title}: {name}", [(task, task, name) for task in study.tasks]) for name in study.scores]
+
+
+def score_sheets(results: Results) -> list[Sheet]:
+    """Of one task a column for every score; of several a table for every score, with the tasks as columns."""
+    seeds = results.study.seeds
+    notes = (
+        f"mean ± standard deviation over {len(seeds)} seeds ({', '.join(map(str, seeds))}); hyper-parameters chosen by"
+        " dev",
+        f"↑ ↓: higher or lower than {results.rows[0].label}, p < {LEVEL} (below)",
+        *incomplete(results),
+    )
+
+    def rows(columns: Sequence[tuple[str, str, str]]) -> list[tuple[str, ...]]:
+        return [
+            (row.label, *(score_text(results, task, row, name) for _, task, name in columns)) for row in results.rows
+        ]
+
+    return [
+        Sheet(title, ("method", *(head for head, _, _ in columns)), tuple(rows(columns)), notes)
+        for title, columns in columns_of(results)
+    ]
+
+
+def incomplete(results: Results) -> list[str]:
+    cells = results.cells.values()
+    missing, every = sum(cell.count("missing") for cell in cells), sum(len(cell.every) for cell in cells)
+    return [f"INCOMPLETE: {missing} of {every} runs are not there yet; choices and numbers may change"] * bool(missing)
+
+
+def score_text(results: Results, task: str, row: Row, name: str) -> str:
+    """Mean and spread; or how many runs failed, where no point of the grid has all its seeds."""
+    cell, score = results.cells[task, row.label], score_of(results.study, task, name)
+    values = cell.values(score)
+    if not values:
+        return f"failed {cell.count('failed')}/{len(cell.every)}" if cell.count("failed") else "-"
+    tested = results.tested.get((task, row.label, name))
+    mark = "" if tested is None or tested.p >= LEVEL else " ↑" if tested.comparison.difference > 0 else " ↓"
+    return spread_text(score, values) + mark
+
+
+def spread_text(score: str, values: Sequence[float]) -> str:
+    mean, deviation = spread(values)
+    return number(score, mean) + ("" if deviation is None else f" ± {number(score, deviation)}")
+
+
+def number(score: str, value: float, sign: str = "") -> str:
+    """Shares in percent, all else as it is."""
+    return f"{value:{sign}.3g}" if is_plain(score) else f"{100 * value:{sign}.1f}"
+
+
+def is_plain(score: str) -> bool:
+    return not PLAIN_NUMBERS.isdisjoint(part for one in score.split(" - ") for part in one.split("/"))
+
+
+def beside(sheet: Sheet, quoted: Quoted) -> Sheet:
+    """The table with the paper's row below each of ours that it has."""
+    rows: list[tuple[str, ...]] = []
+    for label, *cells in sheet.rows:
+        rows.append((label, *cells))
+        if label in quoted.rows:
+            rows.append((f"{label} (quoted)", *(quoted.rows[label].get(column, "-") for column in sheet.head[1:])))
+    return replace(sheet, rows=tuple(rows), notes=(*sheet.notes, *quoted_notes(quoted)))
+
+
+def as_sheet(quoted: Quoted) -> Sheet:
+    """The paper's table by itself, where ours is of other tasks."""
+    columns = tuple(next(iter(quoted.rows.values())))
+    rows = tuple((f"{label} (quoted)", *values.values()) for label, values in quoted.rows.items())
+    return Sheet("quoted, other model and data", ("method", *columns), rows, tuple(quoted_notes(quoted)))
+
+
+def quoted_notes(quoted: Quoted) -> list[str]:
+    return [f"quoted: the paper's {quoted.title}", *([quoted.note] if quoted.note else [])]
+
+
+def difference_sheets(results: Results) -> list[Sheet]:
+    """What the marks mean: the difference of every row to its baseline, with p."""
+    if not results.tested:
+        return []
+
+    def text(task: str, row: Row, name: str) -> str:
+        tested = results.tested.get((task, row.label, name))
+        if tested is None:
+            return "-"
+        difference = number(score_of(results.study, task, name), tested.comparison.difference, "+")
+        only = " (seeds)" if tested.comparison.p_examples is None else ""
+        return f"{difference}, p {tested.p:.2g}{only}"
+
+    found = []
+    for title, columns in columns_of(results):
+        rows = [row for row in results.rows if row != baseline_of(results.rows, row)]
+        cells = [(row.label, *(text(task, row, name) for _, task, name in columns)) for row in rows]
+        head = ("method", *(column for column, _, _ in columns))
+        notes = (TEST, "(seeds): a score that is no mean over examples, tested over the seeds alone")
+        found.append(Sheet(f"differences to {results.rows[0].label}, {title}", head, tuple(cells), notes))
+    return found
+
+
+def choice_sheet(results: Results) -> Sheet:
+    """What dev chose, and what it saw there."""
+    study = results.study
+
+    def text(cell: Cell, task: str) -> str:
+        if cell.choice is None:
+            return "-"
+        metric = (study.tasks[task].select_by or study.select_by).removeprefix("dev/")
+        values = [record.dev[metric] for record in cell.chosen if record.dev is not None]
+        return f"{choice_text(cell.choice)} (dev {spread_text(metric, values)})".strip()
+
+    rows = [(row.label, *(text(results.cells[task, row.label], task) for task in study.tasks)) for row in results.rows]
+    notes = ("a point of the grid with a run that failed is not chosen",)
+    return Sheet("chosen by dev", ("method", *study.tasks), tuple(rows), notes)
+
+
+def choice_text(choice: Choice) -> str:
+    return ", ".join(f"{short(key)} {text_of(value)}" for key, value in choice)
+
+
+def failure_sheets(results: Results) -> list[Sheet]:
+    failed = [one for cell in results.cells.values() for one in cell.every if one.state == "failed"]
+    rows = tuple((one.run.title, str(one.exit_code), one.message) for one in failed)
+    return [Sheet(f"{len(rows)} runs failed", ("run", "exit code", "why"), rows)] if rows else []
+
+
+def latex(sheet: Sheet) -> str:
+    """A table for the packages booktabs and, where it is wide, graphicx."""
+    lines = [" & ".join(map(escaped, row)) + r" \\" for row in (sheet.head, *sheet.rows)]
+    body = [r"\toprule", lines[0], r"\midrule", *lines[1:], r"\bottomrule"]
+    tabular = [rf"\begin{{tabular}}{{l{'r' * (len(sheet.head) - 1)}}}", *body, r"\end{tabular}"]
+    if len(sheet.head) > 6:
+        tabular = [r"\resizebox{\textwidth}{!}{%", *tabular[:-1], tabular[-1] + "}"]
+    caption = ". ".join(escaped(text) for text in (sheet.title, *sheet.notes))
+    return "\n".join([r"\begin{table}", r"\centering", *tabular, rf"\caption{{{caption}}}", r"\end{table}", ""])
+
+
+def escaped(text: str) -> str:
+    return "".join(LATEX.get(letter, letter) for letter in text)

@@ -1,0 +1,285 @@
+"""Studies without runs: what is expanded, chosen, tested and tabulated, against hand-made results."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import scipy.stats
+from conftest import ROOT
+from PIL import Image
+
+from lorasc_ds.errors import ConfigError
+from lorasc_ds.study import figures, records
+from lorasc_ds.study.options import StudyOptions, parse_options
+from lorasc_ds.study.results import results_of
+from lorasc_ds.study.selection import choose
+from lorasc_ds.study.statistics import compare, holm, p_of
+from lorasc_ds.study.study import job_of, read, tell, to_do
+from lorasc_ds.study.tables import latex, sheets
+
+STUDIES = sorted((ROOT / "launch" / "studies").glob("*.yaml"))
+YAML = f"""
+title: A study
+recipe: {ROOT}/launch/recipes/quickstart.yaml
+set: {{training.epochs: 1}}
+tasks:
+  one: {{}}
+  two: {{set: {{task.domain: rotated}}, scores: {{new: new_domain/accuracy, old: old_domain/accuracy}}}}
+strategies:
+  LoRA: {{set: {{cascade.strategy: lora}}}}
+  Slow: {{set: {{cascade.strategy: slow}}, grid: {{cascade.slow_retention: [0.5, 0.8]}}}}
+grid: {{training.learning_rate: [1e-3, 1e-2]}}
+scores: {{new: new_domain/accuracy, old: old_domain/accuracy}}
+seeds: [0, 1, 2]
+"""
+Parsed = Callable[..., StudyOptions]
+
+
+@pytest.fixture
+def parsed(tmp_path: Path) -> Parsed:
+    def parse(*flags: str, text: str = YAML, change: tuple[str, str] = ("", "")) -> StudyOptions:
+        assert change[0] in text
+        (tmp_path / "study.yaml").write_text(text.replace(*change) if change[0] else text)
+        return parse_options([str(tmp_path / "study.yaml"), "--output_dir", str(tmp_path / "out"), *flags])
+
+    return parse
+
+
+def written(options: StudyOptions, score: Callable[[str, str, Any, int], tuple[float, list[float]]]) -> None:
+    """Directories as of finished runs: `score` gives dev accuracy and the test outcomes of (task, row, choice, seed)."""
+    for run in options.runs:
+        directory = options.directory(run)
+        directory.mkdir(parents=True)
+        dev, outcomes = score(run.task, run.row.label, dict(run.choice), run.seed)
+        accuracy = {"accuracy": statistics.fmean(outcomes), "loss": 1.0}
+        summary = {"eval": {"dev": {"accuracy": dev, "loss": 1.0}, "new_domain": accuracy, "old_domain": accuracy}}
+        summary |= dict.fromkeys(("weights_sha256", "shipped_sha256", "steps", "experts", "device", "world_size"), 0)
+        summary |= {"timing": {"train_seconds": 1.0, "peak_memory_bytes": 1}}
+        (directory / "summary.json").write_text(json.dumps(summary))
+        (directory / "status.json").write_text('{"state": "done"}')
+        (directory / "metrics.jsonl").write_text('{"event": "step", "epoch": 1.0, "loss": 0.5}\n')
+        split = {"id": [str(at) for at in range(len(outcomes))], "accuracy": outcomes}
+        (directory / "examples.json").write_text(json.dumps({"new_domain": split, "old_domain": split}))
+
+
+def good(task: str, row: str, choice: Any, seed: int) -> tuple[float, list[float]]:
+    """Dev is for 1e-2 and α = 0.8; Slow is right on 60 to 62 of 100 examples more than LoRA."""
+    dev = 0.5 + 0.1 * (choice["training.learning_rate"] == 0.01) + 0.1 * (choice.get("cascade.slow_retention") == 0.8)
+    right = 90 + seed if row == "Slow" else 30 + seed % 2
+    return dev, [1.0] * right + [0.0] * (100 - right)
+
+
+def test_a_study_is_every_combination_and_every_run_the_command_that_it_says(parsed: Parsed) -> None:
+    options = parsed()
+    assert len(options.runs) == 2 * (2 + 4) * 3
+    assert len({run.digest for run in options.runs}) == len(options.runs)
+    last = options.runs[-1]
+    assert last.title == "two: Slow, learning_rate 0.01, slow_retention 0.8, seed 2"
+    config = last.config
+    assert (config.task.name, config.cascade.strategy, config.cascade.slow_retention) == ("digits", "slow", 0.8)
+    assert (config.training.learning_rate, config.training.seed, config.training.epochs) == (0.01, 2, 1)
+    assert "--task.domain=rotated" in last.flags
+
+
+def test_the_command_line_narrows_a_study_and_a_key_given_there_is_chosen_no_more(parsed: Parsed) -> None:
+    options = parsed("--tasks=two", "--rows=Slow", "--seeds=7", "--training.learning_rate=0.5")
+    assert [(run.seed, run.config.training.learning_rate) for run in options.runs] == [(7, 0.5)] * 2
+    assert [dict(run.choice) for run in options.runs] == [{"cascade.slow_retention": a} for a in (0.5, 0.8)]
+
+
+def test_runs_that_come_to_the_same_are_one(parsed: Parsed) -> None:
+    options = parsed(change=("grid: {training", "sweep: {training.epochs: [1, 2], adapter.rank: [8]}\ngrid: {training"))
+    labels = {run.row.label for run in options.runs}
+    assert labels == {f"{row}, {point}" for row in ("LoRA", "Slow") for point in ("epochs 1", "epochs 2", "rank 8")}
+    assert (
+        len({run.digest for run in options.runs}) == len(options.runs) * 2 // 3
+    )  # rank 8 and epochs 1 are the recipe's
+    assert len(to_do(options, read(options))) == len({run.digest for run in options.runs})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("seeds: [0, 1, 2]", "seeds: [0, 0]"), "seeds [0, 0] names one twice"),
+        (("seeds: [0, 1, 2]", ""), "seeds: Field required"),
+        (("{training.epochs: 1}", "{training.epoch: 1}"), "set: unknown key training.epoch; did you mean training.epoch"),
+        (("cascade.slow_retention: [0.5, 0.8]", "cascade.slow_retention: [1.5]"), "one, Slow: cascade.slow_retention is 1.5"),
+        (("title: A", "select_by: test/accuracy\ntitle: A"), "select_by is 'test/accuracy': a metric of dev"),
+        (("  one: {}", "  one: {sett: {}}"), "unknown key tasks.one.sett"),
+        (("title: A", "paper: table9\ntitle: A"), "paper is 'table9': one of table1"),
+        (("scores: {new: new_domain/accuracy, old: old_domain/accuracy}}\n", "scores: {x: a/b}}\n"), "tasks.two.scores names x"),
+    ],
+)  # fmt: skip
+def test_an_impossible_study_is_refused_in_one_line(parsed: Parsed, change: tuple[str, str], message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        parsed(change=change)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_dev_chooses_and_a_point_with_a_failed_seed_is_not_chosen() -> None:
+    def dev(*accuracies: float, loss: float = 1.0) -> list[dict[str, float]]:
+        return [{"accuracy": one, "loss": loss} for one in accuracies]
+
+    assert choose({"a": dev(0.5, 0.7), "b": dev(0.9, 0.4)}, "accuracy") == "b"
+    assert choose({"a": dev(0.5, 0.7), "b": [*dev(0.9), None]}, "accuracy") == "a"
+    assert choose({"a": dev(0.5, 0.7), "b": dev(0.6, 0.6, loss=0.5)}, "accuracy") == "b", "equal: the lower loss"
+    assert choose({"a": dev(0.5, loss=2.0), "b": dev(0.9, loss=3.0)}, "loss") == "a"
+    assert choose({"a": dev(float("nan")), "b": dev(0.1)}, "accuracy") == "b"
+    assert choose({"a": [None]}, "accuracy") is None
+
+
+@pytest.mark.parametrize("poison", [0.0, 1.0, float("nan")])
+def test_selection_does_not_see_test(parsed: Parsed, poison: float) -> None:
+    """Whatever stands for test at the points of the grid, the same are chosen."""
+    options = parsed()
+    rng = np.random.default_rng(0)
+
+    def score(task: str, row: str, choice: Any, seed: int) -> tuple[float, list[float]]:
+        return good(task, row, choice, seed)[0], [poison if rng.random() < 0.5 else rng.random()] * 4
+
+    written(options, score)
+    results = results_of(options.study, read(options))
+    wanted = {"LoRA": {"training.learning_rate": 0.01}}
+    wanted["Slow"] = {"training.learning_rate": 0.01, "cascade.slow_retention": 0.8}
+    assert {label: dict(cell.choice or ()) for (_, label), cell in results.cells.items()} == wanted
+
+
+def test_the_two_tests_are_scipys_and_the_larger_p_counts() -> None:
+    rng = np.random.default_rng(1)
+    ours, theirs = (
+        [{str(e): float(v) for e, v in enumerate(rng.random(40) + shift)} for _ in range(5)] for shift in (0.3, 0.0)
+    )
+    scores = [[statistics.fmean(one.values()) for one in each] for each in (ours, theirs)]
+    found = compare(*scores, ours, theirs)
+    matrix = np.array([[list(one.values()) for one in each] for each in (ours, theirs)])
+    by_seed, by_example = (scipy.stats.ttest_rel(*matrix.mean(axis=axis)).pvalue for axis in (2, 1))
+    assert found.p_seeds == pytest.approx(by_seed)
+    assert found.p_examples == pytest.approx(by_example)
+    assert found.p == pytest.approx(max(by_seed, by_example))
+    assert found.difference == pytest.approx(matrix[0].mean() - matrix[1].mean())
+
+
+def test_a_difference_that_few_examples_make_at_every_seed_does_not_count() -> None:
+    """All seeds agree, but two of four examples speak for it and two against."""
+    ours = [{"a": 1.0, "b": 1.0, "c": 0.0, "d": 0.1 + seed / 100} for seed in range(5)]
+    theirs = [{"a": 0.0, "b": 0.0, "c": 0.9, "d": 1.0} for _ in range(5)]
+    scores = [[statistics.fmean(one.values()) for one in each] for each in (ours, theirs)]
+    found = compare(*scores, ours, theirs)
+    assert found.p_seeds is not None
+    assert found.p_seeds < 0.001
+    assert found.p == found.p_examples
+    assert found.p > 0.5
+
+
+def test_examples_are_paired_by_their_names() -> None:
+    first, second = {"a": 1.0, "b": 0.0, "c": 1.0}, {"c": 1.0, "a": 1.0, "b": 0.0}
+    assert compare([0.6, 0.5], [0.6, 0.4], [first, first], [second, second]).p_examples == 1.0
+
+
+def test_p_where_t_is_undefined() -> None:
+    assert p_of([0.1]) is None
+    assert p_of([0.0] * 5) == 1.0
+    assert p_of([0.1] * 5) == 2 / 2**5, "the sign test's"
+
+
+def test_holm_corrects() -> None:
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])  # Holm 1979's steps by hand
+    assert holm([0.9, 0.8]) == [1.0, 1.0]
+
+
+def test_tables_are_means_and_spreads_of_what_was_chosen(parsed: Parsed, capsys: pytest.CaptureFixture[str]) -> None:
+    options = parsed()
+    written(options, good)
+    tell(options, read(options))
+    new, _, differences, _, chosen = sheets(results_of(options.study, read(options)))
+    assert new.head == ("method", "one", "two")
+    assert new.rows == (("LoRA", *["30.3 ± 0.6"] * 2), ("Slow", *["91.0 ± 1.0 ↑"] * 2))
+    assert differences.rows[0][0] == "Slow"
+    assert differences.rows[0][1].startswith("+60.7, p 0.0")
+    assert chosen.rows[1][1] == "learning_rate 0.01, slow_retention 0.8 (dev 70.0 ± 0.0)"
+    assert r"91.0 $\pm$ 1.0 $\uparrow$ & 91.0 $\pm$ 1.0 $\uparrow$ \\" in latex(new)
+    lines = [json.loads(line) for line in (options.output_dir / "results.jsonl").read_text().splitlines()]
+    assert [line["digest"] for line in lines] == [run.digest for run in options.runs]
+    assert "INCOMPLETE" not in capsys.readouterr().out
+
+
+def test_a_failed_run_is_shown_and_not_averaged_away(parsed: Parsed) -> None:
+    options = parsed("--tasks=one")
+    written(options, good)
+    failing = [run for run in options.runs if run.row.label == "Slow" and run.seed == 1]
+    for run in failing:
+        (options.directory(run) / "status.json").unlink()
+        ended = {"exit_code": 3, "message": "error: the loss is nan", "seconds": 1.0}
+        options.directory(run).with_suffix(".json").write_text(json.dumps(ended))
+    scores, *_, failures = sheets(results_of(options.study, read(options)))
+    assert scores.rows[1][1:] == ("failed 4/12", "failed 4/12")
+    assert failures.title == "4 runs failed"
+    assert failures.rows[0] == (failing[0].title, "3", "error: the loss is nan")
+    assert to_do(options, read(options)) == [], "what diverged would do so again"
+    assert len(to_do(parsed("--tasks=one", "--retry_failed"), read(options))) == 4
+
+
+def test_what_is_missing_is_said(parsed: Parsed) -> None:
+    options = parsed()
+    written(parsed("--seeds=0,1"), good)
+    found = read(options)
+    assert len(to_do(options, found)) == len(options.runs) // 3
+    scores, *_ = sheets(results_of(options.study, found))
+    assert [row[1] for row in scores.rows] == ["-", "-"]
+    assert any(note.startswith("INCOMPLETE: 12 of 36 runs") for note in scores.notes)
+
+
+def test_values_of_the_paper_stand_beside_ours_or_below(parsed: Parsed) -> None:
+    beside = parsed(text=YAML.replace("  one:", "  rte:").replace("title: A", "paper: table1\ntitle: A"))
+    written(beside, good)
+    rows = sheets(results_of(beside.study, read(beside)))[0].rows
+    assert rows[1] == ("LoRA (quoted)", "87.4", "-")
+    below = parsed(change=("title: A", "paper: table4\ntitle: A"))
+    quoted = sheets(results_of(below.study, [records.read(run, job_of(below, run)) for run in below.runs]))[2]
+    assert quoted.title == "quoted, other model and data"
+    assert quoted.rows[-1] == (
+        "+++ Noise Tuning, experts 1250 (quoted)",
+        *["83.8", "49.4", "69.4", "85.3", "81.1", "92.9", "88.1"],
+    )
+
+
+def test_figures_can_be_read_in_grey_and_are_the_same_at_every_call(parsed: Parsed, tmp_path: Path) -> None:
+    options = parsed(change=("grid: {training", "sweep: {training.epochs: [1, 2]}\ngrid: {training"))
+    written(options, good)
+    results = results_of(options.study, read(options))
+    drawn = figures.draw(results)
+    assert drawn.keys() == {
+        f"{name}.{kind}" for name in ("scores", "over_epochs", "over_learning_rate") for kind in ("png", "svg")
+    }
+    assert drawn == figures.draw(results)
+    for name in ("scores.png", "over_epochs.png"):
+        (tmp_path / name).write_bytes(drawn[name])
+        pixels = np.asarray(Image.open(tmp_path / name).convert("RGB")).astype(int)
+        assert (pixels.max(axis=2) - pixels.min(axis=2)).max() == 0, "no colour"
+        assert (pixels < 60).any()
+
+
+@pytest.mark.parametrize(
+    "file", [path for path in STUDIES if path.stem not in ("table1", "table4", "figure2")], ids=lambda path: path.stem
+)
+def test_a_shipped_study_is_whole(file: Path) -> None:
+    assert parse_options([str(file)]).runs
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "runs"),
+    [("table1", 13, 12 * 3 * (5 * (3 * (2 + 3 + 9) + 1))), ("table4", 6, 0), ("figure2", 27, 0)],
+)
+def test_the_large_studies_of_the_paper_are_whole(name: str, rows: int, runs: int) -> None:
+    """One seed and one rate of a few thousand runs; the number of all of them is by hand."""
+    file = ROOT / "launch" / "studies" / f"{name}.yaml"
+    options = parse_options([str(file), "--seeds=0", "--training.learning_rate=1e-4"])
+    assert len({run.row.label for run in options.runs}) == rows
+    assert not runs or 15 * len(options.runs) == runs

@@ -1,0 +1,155 @@
+"""Studies that run: processes that know nothing of each other, interruptions, runs that fail, and the paper's rows."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import RECIPE, ROOT
+
+from lorasc_ds.run_directory import state_of
+from lorasc_ds.study.command import main
+from lorasc_ds.study.options import StudyOptions, parse_options
+from lorasc_ds.study.study import read
+from lorasc_ds.study.worker import IMPORTED, carry_out
+from lorasc_ds.train import main as train
+
+SMALL = {
+    "task.train_examples": 8,
+    "task.dev_examples": 4,
+    "task.test_examples": 4,
+    "training.epochs": 2,
+    "training.evaluate": "end",
+    "training.save_model": False,
+    "tracking.tensorboard": False,
+}
+STUDY: dict[str, Any] = {
+    "title": "A study",
+    "recipe": str(RECIPE),
+    "set": SMALL,
+    "tasks": {"mirrored": {}},
+    "strategies": {
+        "LoRA": {"set": {"cascade.strategy": "lora"}},
+        "LoRASC": {"set": {"cascade.strategy": "lorasc"}},
+        "broken": {"set": {"cascade.strategy": "lora", "cascade.max_boundary_drift": 1e-12}},
+    },
+    "scores": {"new": "new_domain/accuracy", "rotated": "digits/new_domain/accuracy", "rank": "ledger/bound"},
+    "evaluate": {"tasks": "digits", "digits.domain": "rotated", "digits.test_examples": 4, "splits": "new_domain"},
+    "inspect": True,
+    "seeds": [0, 1],
+}
+
+
+def arguments(folder: Path, *flags: str) -> list[str]:
+    (folder / "study.yaml").write_text(json.dumps(STUDY))
+    return [str(folder / "study.yaml"), "--output_dir", str(folder / "out"), "--at_once=2", *flags]
+
+
+def runs(options: StudyOptions) -> dict[str, Path]:
+    return {run.title: options.directory(run) for run in options.runs}
+
+
+def digest(directory: Path) -> str:
+    return json.loads((directory / "summary.json").read_text())["weights_sha256"]
+
+
+def wait(condition: Any, seconds: float = 120.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it does not happen"
+        time.sleep(0.02)
+
+
+def test_a_killed_study_is_completed_and_what_is_finished_is_not_repeated(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Killed with two runs under way; every digest is that of a run alone, whatever ran before it."""
+    command = arguments(tmp_path)
+    options = parse_options(command)
+    directories = runs(options)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([*IMPORTED])
+    killed = context.Process(target=main, args=(command,))
+    killed.start()
+    wait(lambda: any(record.state == "done" for record in read(options)))
+    wait(lambda: sum(state_of(directory) == "running" for directory in directories.values()) > 0)
+    killed.kill()
+    killed.join()
+    finished = {r.job.directory: (r.job.directory / "summary.json").stat() for r in read(options) if r.state == "done"}
+    assert 0 < len(finished) < 6
+
+    assert main(command) == 1, "two runs fail"
+    printed = capsys.readouterr().out
+    assert "broken" in printed
+    assert "failed 2/2" in printed
+    states = {record.run.title: record.state for record in read(options)}
+    assert [state for title, state in states.items() if "broken" not in title] == ["done"] * 4
+    assert [record.exit_code for record in read(options) if record.state == "failed"] == [3, 3]
+    for directory, before in finished.items():
+        assert (directory / "summary.json").stat() == before
+    done = [record for record in read(options) if record.state == "done"]
+    assert all(record.score("digits/new_domain/accuracy") is not None for record in done)
+    assert all(set((record.outcomes("digits/new_domain/accuracy") or {}).values()) <= {0.0, 1.0} for record in done)
+    assert [record.score("ledger/bound") for record in done] == [8, 8, 16, 16]
+
+    for record in done[1:3]:  # one of each strategy, in this process
+        alone = tmp_path / record.run.name
+        assert train(["--output_dir", str(alone), *record.run.flags], RECIPE) == 0
+        assert digest(alone) == digest(record.job.directory)
+        assert (alone / "examples.json").read_bytes() == (record.job.directory / "examples.json").read_bytes()
+
+    capsys.readouterr()
+    assert main(command) == 1
+    assert "broken" in capsys.readouterr().out
+    assert {r.job.directory: (r.job.directory / "summary.json").stat() for r in done}.items() >= finished.items()
+
+
+def test_a_run_that_is_killed_alone_is_told_and_tried_again(tmp_path: Path) -> None:
+    """The worker goes on, and the next run of the study is as if nothing had been."""
+    command = arguments(tmp_path, "--rows=LoRA", "--training.epochs=200", "--training.checkpoint_steps=4")
+    (options := parse_options(command)).directory(options.runs[0]).parent.mkdir(parents=True)
+    jobs = [record.job for record in read(options)]
+    ended = carry_out(jobs[:1], at_once=1)
+    killer = multiprocessing.get_context("forkserver").Process(target=kill_run, args=(jobs[0].directory,))
+    killer.start()
+    ((_, code, _),) = list(ended)
+    killer.join()
+    assert code == -9
+    (first, _) = read(options)
+    assert (first.state, first.message) == ("failed", "ended by SIGKILL")
+
+
+def kill_run(directory: Path) -> None:
+    """Once it has a checkpoint."""
+    wait(lambda: any((directory / "checkpoints").glob("step*")))
+    os.kill(int((directory / ".owner").read_text().split()[1]), signal.SIGKILL)
+
+
+def test_the_plan_says_how_many_runs_how_long_and_how_much_memory(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments(tmp_path, "--dry_run", "--gpu_memory=1")) == 0
+    printed = capsys.readouterr().out
+    assert "study     A study: 6 runs, 0 done" in printed
+    assert "on one H100" in printed
+    assert "of 1.00G in one process: fits" in printed
+    assert not (tmp_path / "out").exists()
+
+
+def test_help_and_mistakes_do_not_wait_for_torch(tmp_path: Path) -> None:
+    code = "import sys; from lorasc_ds.study.command import main; code = main(sys.argv[1:]); assert 'torch' not in sys.modules; sys.exit(code)"
+    command = [sys.executable, "-c", code, *arguments(tmp_path, "--rows=brocken")]
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert ended.returncode == 2
+    assert (
+        ended.stderr
+        == "error: 'brocken' is none of the study's strategies, which are LoRA, LoRASC, broken; did you mean broken?\n"
+    )

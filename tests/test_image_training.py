@@ -28,7 +28,7 @@ from lorasc_ds.errors import ConfigError
 from lorasc_ds.export import main as export
 from lorasc_ds.image_reading import ImageReading, image_reading
 from lorasc_ds.images import Preprocessing, evaluation_pixels, preprocessing_of
-from lorasc_ds.rollback import main as roll_back
+from lorasc_ds.ledger_commands import roll_back
 from lorasc_ds.tasks.base import Classes, Task
 from lorasc_ds.tasks.images import StoredImage
 from lorasc_ds.train import main as train

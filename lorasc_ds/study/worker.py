@@ -23,7 +23,7 @@ from pathlib import Path
 
 from lorasc_ds.algorithm.files import write_atomically
 
-IMPORTED = ("lorasc_ds.train", "lorasc_ds.tasks.digits", "sklearn.datasets", "transformers.models.llama.modeling_llama")
+IMPORTED = ("lorasc_ds.run", "lorasc_ds.tasks.digits", "sklearn.datasets", "transformers.models.llama.modeling_llama")
 INTERRUPTED = {75, 130, 143, -signal.SIGINT, -signal.SIGTERM}  # asked to stop: nothing has failed
 
 

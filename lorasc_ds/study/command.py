@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-import sys
-import traceback
 from collections.abc import Sequence
 
-from lorasc_ds.errors import RunError
+from lorasc_ds.command import ending
 from lorasc_ds.study.options import parse_options
 
 
 def main(arguments: Sequence[str]) -> int:
-    """The command line. Returns 0 done, 1 runs failed or a bug, 2 flags or the study's file, 130 interrupted."""
-    try:
+    """The command line. Returns an exit code as `ending` does, and 1 where runs have failed."""
+    codes = [0]
+
+    def work() -> None:
         options = parse_options(arguments)
         from lorasc_ds.study.study import carry_out  # torch: not for --help, nor to refuse a flag
 
-        return carry_out(options)
-    except RunError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("interrupted; the runs have written checkpoints, and the same command goes on from them", file=sys.stderr)
-        return 130
-    except Exception:  # the last resort: a bug is shown whole and ends with code 1
-        traceback.print_exc()
-        return 1
+        codes.append(carry_out(options))
+
+    interrupted = "interrupted; the runs have written checkpoints, and the same command goes on from them"
+    return ending(work, interrupted) or codes[-1]

@@ -185,9 +185,9 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def test_a_trained_head_goes_on_to_the_same_bits(runs: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
-    """Stopped after step 7 of 10 and taken up again: head, its moments, ledger, weights and scores of never stopped."""
+    """Asked to stop in step 7 of 10, which two processes heed a step later, and taken up again: head, its moments, ledger, weights and scores of never stopped."""
     whole, resumed = runs["zero2"], runs["resumed"]
-    assert "resuming  after step 7 (training)" in resumed.with_name("resumed.out0").read_text()
+    assert "resuming  after step 8 (training)" in resumed.with_name("resumed.out0").read_text()
     summaries = [summary_of(run) | {"timing": 0} for run in (whole, resumed)]
     assert summaries[0] == summaries[1]
     for part in ("model", "ledger"):

@@ -61,8 +61,8 @@ def test_it_ends_well_and_says_what_to_do_next(launched: Launched) -> None:
 def test_the_run_directory_is_whole(launched: Launched) -> None:
     _, directory = launched
     assert {path.name for path in directory.iterdir()} == {
-        ".lock", ".owner", "checkpoints", "config.yaml", "environment.json", "ledger", "metrics.jsonl", "model",
-        "status.json", "summary.json", "tensorboard",
+        ".lock", ".owner", "checkpoints", "config.yaml", "environment.json", "examples.json", "ledger", "metrics.jsonl",
+        "model", "status.json", "summary.json", "tensorboard",
     }  # fmt: skip
     config = directory / "config.yaml"
     assert config.read_text().startswith("# lorasc_ds ")

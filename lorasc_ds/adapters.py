@@ -43,6 +43,15 @@ class LeanLora(LoraLinear):
         return self.lora_B[ADAPTER](low, high, self.scaling[ADAPTER])
 
 
+def make_pairs_lean(model: nn.Module) -> None:
+    """Let PEFT's LoRA layers, which are plain ones with one adapter, be `LeanLora`s: the same pairs, in place."""
+    for layer in model.modules():
+        if type(layer) is LoraLinear:
+            layer.__class__ = LeanLora
+            layer.lora_A[ADAPTER] = around(Down, weight_of(layer.lora_A[ADAPTER]))
+            layer.lora_B[ADAPTER] = around(Up, weight_of(layer.lora_B[ADAPTER]))
+
+
 @dataclass(frozen=True, slots=True)
 class AdaptedWeight:
     """A frozen weight with the trainable pair on it.
@@ -202,16 +211,13 @@ def attach(
         lora_dropout=dropout,
         target_modules=list(selected),
     )
-    if method != "dora":
-        config._register_custom_module({nn.Linear: LeanLora})
     inject_adapter_in_model(config, model, ADAPTER)
+    if method != "dora":
+        make_pairs_lean(model)
     for path in names:
         adapter = lora_of(model, path)
         adapter.lora_A[ADAPTER].float().requires_grad_(method != "lora-fa")
         adapter.lora_B[ADAPTER].float()
-        if isinstance(adapter, LeanLora):
-            adapter.lora_A[ADAPTER] = around(Down, weight_of(adapter.lora_A[ADAPTER]))
-            adapter.lora_B[ADAPTER] = around(Up, weight_of(adapter.lora_B[ADAPTER]))
         if method == "dora" and weight_of(adapter.lora_magnitude_vector[ADAPTER]).dtype != torch.float32:
             with gather_params_ctx(weight_of(selected[path]), modifier_rank=None):  # PEFT rounded them to bfloat16
                 norms = torch.linalg.vector_norm(selected[path].weight.detach().double(), dim=1).float()

@@ -31,6 +31,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, training_args
 
 from lorasc_ds import Cascade, CascadeCallback
+from lorasc_ds.adapters import make_pairs_lean
 from lorasc_ds.algorithm.ledger import Ledger, digest
 from lorasc_ds.cascade import Boundaries
 from lorasc_ds.cli import parse_command_line
@@ -123,6 +124,8 @@ def adapted(model: Path, method: str = "lora", rank: int = RANK, **options: Any)
     """As a user makes it; for LoRA-FA the user freezes A."""
     torch.manual_seed(0)
     module = get_peft_model(AutoModelForCausalLM.from_pretrained(model), peft_config(method, rank), **options)
+    if method != "dora":
+        make_pairs_lean(module)  # PEFT's own round three times where these round once
     if method == "lora-fa":
         for name, parameter in module.named_parameters():
             if ".lora_A." in name:
@@ -149,7 +152,7 @@ def hand_loop(
     **settings: Any,
 ) -> tuple[Cascade, list[float]]:
     """A loop as people write it, with the three calls beside it. Returns the losses too."""
-    optimizer = torch.optim.AdamW(groups_of(module), lr=rate, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(groups_of(module), lr=rate, weight_decay=0.0, fused=True)
     model, optimizer = accelerator.prepare(module, optimizer)
     cascade = Cascade(
         model, optimizer, steps=STEPS, probe=data[0], directory=directory, **({"experts": EXPERTS} | LORASC | settings)
@@ -183,7 +186,7 @@ def arguments(directory: Path, **more: Any) -> TrainingArguments:
         "max_steps": STEPS,
         "learning_rate": LEARNING_RATE,
         "weight_decay": 0.0,
-        "optim": "adamw_torch",
+        "optim": "adamw_torch_fused",
         "report_to": [],
         "logging_steps": 1,
         "disable_tqdm": True,

@@ -83,7 +83,8 @@ class Trainer:
         head = network.trained if isinstance(network, ImageClassifier) else {}
         groups = parameter_groups(weights, preparation.loraplus_lr_ratio, list(head.values()))
         self.learning_rates = {group["role"]: training.learning_rate * group["lr_ratio"] for group in groups}
-        optimizer = torch.optim.AdamW(groups, lr=training.learning_rate, weight_decay=training.weight_decay, fused=True)
+        rate, decay, fused = training.learning_rate, training.weight_decay, fuses_adam(accelerator.device)
+        optimizer = torch.optim.AdamW(groups, lr=rate, weight_decay=decay, fused=fused, foreach=not fused)
         self.engine, self.backend = prepare_engine(
             accelerator,
             self.processes,
@@ -289,6 +290,11 @@ class Trainer:
             directory.mkdir(exist_ok=True)
             note = "training.save_model was false: the ledger and the base model give these weights.\n"
             (directory / "NOT_SAVED.txt").write_text(note)
+
+
+def fuses_adam(device: torch.device) -> bool:
+    """Whether torch's fused kernel gives an element the same bits wherever engines cut: not on a CPU."""
+    return device.type == "cuda"
 
 
 def peak_memory(device: torch.device) -> int:

@@ -152,7 +152,7 @@ def hand_loop(
     **settings: Any,
 ) -> tuple[Cascade, list[float]]:
     """A loop as people write it, with the three calls beside it. Returns the losses too."""
-    optimizer = torch.optim.AdamW(groups_of(module), lr=rate, weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(groups_of(module), lr=rate, weight_decay=0.0)
     model, optimizer = accelerator.prepare(module, optimizer)
     cascade = Cascade(
         model, optimizer, steps=STEPS, probe=data[0], directory=directory, **({"experts": EXPERTS} | LORASC | settings)
@@ -186,7 +186,7 @@ def arguments(directory: Path, **more: Any) -> TrainingArguments:
         "max_steps": STEPS,
         "learning_rate": LEARNING_RATE,
         "weight_decay": 0.0,
-        "optim": "adamw_torch_fused",
+        "optim": "adamw_torch",
         "report_to": [],
         "logging_steps": 1,
         "disable_tqdm": True,

@@ -229,9 +229,7 @@ def algorithm_1(
     trained = [*pairs, *magnitudes.values()]
     for parameter in trained:
         parameter.requires_grad_(True)
-    optimizer = torch.optim.AdamW(
-        [{"params": [p], "ratio": ratio.get(p, 1.0)} for p in trained], weight_decay=0.0, fused=True
-    )
+    optimizer = torch.optim.AdamW([{"params": [p], "ratio": ratio.get(p, 1.0)} for p in trained], weight_decay=0.0)
     retention = slow_retention if strategy in ("slow", "lorasc") else 0.0
     if restart_interval is None:
         closing = [t * steps // experts for t in range(1, experts + 1)]

@@ -44,6 +44,10 @@ def unwatched(function: Any) -> Any:
     return called
 
 
+def as_on_a_gpu(device: torch.device) -> bool:
+    return True
+
+
 def records(directory: Path, *events: str) -> list[dict[str, Any]]:
     """Without what the clock says."""
     found = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
@@ -67,6 +71,7 @@ def test_a_step_waits_for_no_number(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     monkeypatch.setattr(Trainer, "training_step", watched)
     monkeypatch.setattr(InFlight, "add", added)
     monkeypatch.setattr(Ahead, "__call__", unwatched(Ahead.__call__))
+    monkeypatch.setattr(trainer_module, "fuses_adam", as_on_a_gpu)
     monkeypatch.setattr(trainer_module, "summed_loss", unwatched(trainer_module.summed_loss))
     assert main([f"--output_dir={tmp_path / 'run'}", *SMALL], RECIPE) == 0
     assert (reads, waits.count) == ([BEHIND] * 12, 0)
@@ -88,8 +93,9 @@ def test_steps_are_recorded_in_order_and_one_behind() -> None:
     assert recorded == [0, 1, 2, 3]
 
 
+@pytest.mark.parametrize("on_a_gpu", [True, False])
 def test_a_step_that_is_not_finite_leaves_no_trace_though_it_is_known_later(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, on_a_gpu: bool
 ) -> None:
     """Known when the next step was taken: pairs, moments and counts after that are those of a run without it."""
     invocation = parse_command_line([f"--output_dir={tmp_path}", *SMALL], RECIPE)
@@ -101,6 +107,8 @@ def test_a_step_that_is_not_finite_leaves_no_trace_though_it_is_known_later(
         return summed_loss(*arguments) * factor
 
     monkeypatch.setattr(trainer_module, "summed_loss", loss)
+    if on_a_gpu:
+        monkeypatch.setattr(trainer_module, "fuses_adam", as_on_a_gpu)
     for spoilt in ((), (0, 2)):
         trainer = make_trainer(invocation.config, tmp_path)
         trainer.cascade.open_expert(trainer.preparation.plan.expert(1))

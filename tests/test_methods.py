@@ -224,7 +224,7 @@ def test_relora_that_prunes_nothing_merges_redraws_and_goes_on(run: Start) -> No
         layers[name] = reference.PlainLoRA(getattr(model.get_submodule(path), last), 8, 2.0, 0.0)
         setattr(model.get_submodule(path), last, layers[name])
     pairs = [p for layer in layers.values() for p in (layer.A, layer.B)]
-    optimizer = torch.optim.AdamW(pairs, weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(pairs, weight_decay=0.0)
     batch_of_step = batches_of(preparation_of(done.directory))
     for step in range(9):
         if step % 3 == 0:

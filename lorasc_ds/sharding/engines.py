@@ -30,7 +30,7 @@ class TorchEngine:
     """One process, or several that each hold the whole model and average their gradients.
 
     Args:
-        optimizer: a fused Adam, which can be told on the device to leave a step out.
+        optimizer: a torch one; a fused Adam can be told on the device to leave a step out.
     """
 
     def __init__(self, model: nn.Module, optimizer: Any, processes: Processes) -> None:
@@ -54,9 +54,12 @@ class TorchEngine:
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         norm = nn.utils.clip_grad_norm_(parameters, max_grad_norm or math.inf)
         set_learning_rate(self.optimizer, learning_rate)
-        # What a gradient scaler says: the kernel reads it where it runs, so that the host need not know the norm.
-        self.optimizer.grad_scale, self.optimizer.found_inf = None, 1 - norm.isfinite().float()
-        self.optimizer.step()
+        if self.optimizer.defaults.get("fused"):
+            # What a gradient scaler says: the kernel reads it where it runs, so that the host need not know the norm.
+            self.optimizer.grad_scale, self.optimizer.found_inf = None, 1 - norm.isfinite().float()
+            self.optimizer.step()
+        elif norm.isfinite():
+            self.optimizer.step()
         self.optimizer.zero_grad()
         return norm
 

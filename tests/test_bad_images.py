@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import struct
+import sys
 import warnings
 import zlib
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import simplejpeg
 from PIL import Image
 
 from lorasc_ds import images
@@ -158,3 +160,25 @@ def test_deep_greyscale_may_be_transparent() -> None:
 def test_greyscale_of_unknown_range_is_unreadable(values: np.ndarray, reason: str) -> None:
     with pytest.raises(Unreadable, match=f"^photo: {reason}"):
         rgb_image(encoded(Image.fromarray(values), "TIFF"))
+
+
+JPEGS = {"photograph": ("RGB", {}), "subsampled": ("RGB", {"subsampling": 2}), "whole": ("RGB", {"subsampling": 0}), "progressive": ("RGB", {"progressive": True}), "grey": ("L", {}), "four inks": ("CMYK", {})}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", JPEGS)
+def test_simplejpeg_makes_pillows_pixels(kind: str, picture: Image.Image, monkeypatch: pytest.MonkeyPatch) -> None:
+    mode, options = JPEGS[kind]
+    calls: list[int] = []
+    decode = simplejpeg.decode_jpeg
+    monkeypatch.setattr(simplejpeg, "decode_jpeg", lambda *arguments: (calls.append(1), decode(*arguments))[1])
+    photo = encoded(picture.resize((333, 217)).convert(mode), "JPEG", **options)
+    fast = np.asarray(rgb_image(photo))
+    assert len(calls) == (mode == "RGB")
+    monkeypatch.setitem(sys.modules, "simplejpeg", None)  # as where it is not installed
+    assert np.array_equal(fast, np.asarray(rgb_image(photo)))
+
+
+def test_what_simplejpeg_refuses_is_judged_by_pillow(picture: Image.Image) -> None:
+    photo = encoded(picture, "JPEG")
+    with pytest.raises(Unreadable, match="^photo: damaged"):
+        rgb_image(StoredImage("photo", photo.content[: len(photo.content) // 2]))

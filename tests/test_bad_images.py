@@ -180,5 +180,5 @@ def test_simplejpeg_makes_pillows_pixels(kind: str, picture: Image.Image, monkey
 
 def test_what_simplejpeg_refuses_is_judged_by_pillow(picture: Image.Image) -> None:
     photo = encoded(picture, "JPEG")
-    with pytest.raises(Unreadable, match="^photo: damaged"):
+    with pytest.raises(Unreadable, match=r"^photo: damaged"):
         rgb_image(StoredImage("photo", photo.content[: len(photo.content) // 2]))

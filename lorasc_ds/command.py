@@ -26,7 +26,7 @@ def ending(work: Callable[[], object], interrupted: str = "stopped by Ctrl-C") -
     except KeyboardInterrupt:
         print(interrupted, file=sys.stderr)
         return 130
-    except Exception as error:
+    except Exception as error:  # the last resort: what a user can mend has a code, the rest is a bug
         code: int | None = getattr(error, "exit_code", None)
         if code is None:
             traceback.print_exc()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from lorasc_ds.image_reading import ImageReading
-from lorasc_ds.kernels.swiglu import SwiGLU
+from lorasc_ds.kernels.lean import is_lean
 from lorasc_ds.layout import trees_of
 from lorasc_ds.preparation import Preparation
 from lorasc_ds.streaming import looked_at
@@ -73,7 +73,7 @@ def layer_bytes(preparation: Preparation, h: int, f: int, layers: int) -> int:
     """
     size, adapter = element_size(preparation), preparation.config.adapter
     kept = size * (7 * h + 2 * f)
-    if not any(isinstance(layer, SwiGLU) for layer in preparation.shape.modules()):
+    if not is_lean(preparation.shape):
         kept += size * f + (8 * h if size == 2 else 0)
     of_pairs = 0
     if adapter.dropout:

@@ -15,6 +15,7 @@ FREE = {
     "cascade.merge_path",
     "training.checkpoint_steps",
     "training.checkpoints_kept",
+    "training.compile",
     "training.data_workers",
     "training.ddp_timeout",
     "training.eval_batch_size",

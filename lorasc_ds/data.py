@@ -78,6 +78,8 @@ class Batch:
     def size(self) -> str:
         """In words, for an error."""
         rows, length = self.input_ids.shape
+        if self.sequences is not None:
+            return f"{len(self.sequences.lengths)} sequences of {length} tokens together"
         return f"{rows} sequences of {length} tokens"
 
     @property

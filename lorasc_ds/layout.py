@@ -17,8 +17,9 @@ class Layout:
         pad_id: fills rows up.
         share_prefixes: what the candidates of an example begin with is read once, in one row with what each goes on
             with; a token sees its own candidate alone.
-        pack: several sequences stand in one row, instead of padding; none sees another.
-        flat: whether the model's attention can be told where in a row each sequence begins; see `flattens`.
+        pack: several sequences stand in one row, instead of padding, wherever they fit; none sees another.
+        flat: all of them stand in one row where nothing speaks against it, see `flattens`. The model's attention has to
+            be told where each begins.
         pixels: makes the images of a batch's rows, in their order, what the model takes of them, by name; None: there
             are none. A row with images is one sequence.
     """
@@ -30,13 +31,13 @@ class Layout:
     pixels: Pixels | None = None
 
     def flattens(self, trees: Sequence[Tree]) -> bool:
-        """Whether packed sequences all stand in one row, each attended to by itself.
+        """Whether the sequences all stand in one row, each attended to by itself.
 
         Not where some share a beginning, which needs a bias that says of every two tokens whether one sees the other;
         nor where all have one length, since rows of their own pad nothing either.
         """
         unlike = len({tree.size for tree in trees}) > 1
-        return self.pack and self.flat and unlike and not any(tree.branches for tree in trees)
+        return self.flat and unlike and not any(tree.branches for tree in trees)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,10 +99,10 @@ def trees_of(candidates: Sequence[ScoredTokens], share_prefixes: bool) -> dict[t
 
 def rows_of(trees: Sequence[Tree], layout: Layout) -> list[list[int]]:
     """The numbers of the trees of every row: one; all; or what fits beside the longest (best fit, longest first)."""
-    if not layout.pack:
-        return [[number] for number in range(len(trees))]
     if layout.flattens(trees):
         return [list(range(len(trees)))]
+    if not layout.pack:
+        return [[number] for number in range(len(trees))]
     capacity = max(tree.size for tree in trees)
     rows: list[list[int]] = []
     room: list[int] = []

@@ -17,7 +17,7 @@ from lorasc_ds.config import Config, ModelConfig, TrainingConfig
 from lorasc_ds.data import TrainingData
 from lorasc_ds.errors import ConfigError
 from lorasc_ds.image_reading import ImageReading, read_images, with_labels
-from lorasc_ds.kernels.lean import make_lean
+from lorasc_ds.kernels.lean import is_lean, make_lean
 from lorasc_ds.method import Method, make_method, make_plan, make_schedule, unused_settings
 from lorasc_ds.tasks import Task, load_task
 from lorasc_ds.text_reading import TextReading, read_text, refuse_unseen
@@ -134,6 +134,11 @@ class Preparation:
         lines += [f"stream    {line}" for line in self.reading.stream()]
         lines += [f"protocol  {line}" for line in self.task.notes]
         lines += [f"note      {line}" for line in self.reading.notes()]
+        if self.config.model.dtype != "float32" and not is_lean(self.shape):
+            lines.append(
+                f"note      the MLPs of {type(self.shape).__name__} are not gated as Llama's: they keep all that they"
+                " were written to keep for the backward pass"
+            )
         unused = unused_settings(cascade)
         if unused:
             lines.append(f"note      strategy {cascade.strategy} does not use {' and '.join(unused)}")

@@ -24,6 +24,7 @@ from lorasc_ds.config import Config
 from lorasc_ds.dry_run import report
 from lorasc_ds.errors import CheckpointError, PreemptedError
 from lorasc_ds.in_flight import InFlight
+from lorasc_ds.layer_compilation import check_compilation
 from lorasc_ds.loop import count, train
 from lorasc_ds.memory import gpu_bytes
 from lorasc_ds.prefetching import explaining_dead_workers
@@ -81,6 +82,8 @@ def check(invocation: Invocation) -> tuple[Launch, Preparation] | None:
             return None
     rank, processes = (launch.rank, launch.world_size) if invocation.gpus is None else (0, invocation.gpus)
     preparation = prepare(config, rank, processes)
+    if config.training.compile:
+        check_compilation(preparation.shape, launch.stage)
     if main:
         notes = [f"note      {launch.note}"] if launch.note else []
         print("\n".join((f"recipe    {invocation.recipe}", *preparation.derived_numbers(), *notes)), flush=True)

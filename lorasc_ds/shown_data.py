@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import product
 
 from transformers import PreTrainedTokenizerBase
@@ -19,13 +19,14 @@ from lorasc_ds.data_report import epoch_cost, length_table, split_lines, table
 from lorasc_ds.encoded import EncodedExample
 from lorasc_ds.errors import ConfigError
 from lorasc_ds.image_reading import ImageReading, image_reading
+from lorasc_ds.layout import Layout
 from lorasc_ds.preparation import prepare
 from lorasc_ds.preview import example_lines, image_lines
 from lorasc_ds.show_data import ShownConfig
 from lorasc_ds.task_config import Benchmark
 from lorasc_ds.tasks import Task, load_task
 from lorasc_ds.tasks.images import labels_of
-from lorasc_ds.text_reading import make_encoder, order_of, repeated
+from lorasc_ds.text_reading import layout_of, make_encoder, order_of, repeated
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,14 +35,14 @@ class Shown:
 
     Args:
         data: the batches that are trained on; None: the task is only evaluated.
-        packs: whether the model can read several sequences in a row.
+        layouts: by `training.packing`, as far as the model can.
     """
 
     task: Task
     tokenizer: PreTrainedTokenizerBase
     splits: Mapping[str, Sequence[EncodedExample]]
     data: TrainingSequences | None
-    packs: bool
+    layouts: Mapping[bool | None, Layout]
     training: TrainingConfig
 
 
@@ -55,24 +56,29 @@ def load(config: ShownConfig, processes: int) -> Shown | ImageReading:
         if task.classes is not None:
             return image_reading(config.model, task, task.classes, shape, config.training.seed, 0)
         encoder = make_encoder(config, task, models.load_tokenizer(config.model), shape)
-        return Shown(task, encoder.tokenizer, encoder.encode(), None, False, config.training)
+        return Shown(task, encoder.tokenizer, encoder.encode(), None, {}, config.training)
     run = prepare(config, world_size=processes)
     if isinstance(run.reading, ImageReading):
         return run.reading
     assert isinstance(run.data, TrainingSequences)
-    packs = models.takes_attention_bias(run.shape)
-    return Shown(run.task, run.reading.tokenizer, run.reading.splits, run.data, packs, config.training)
+    training, encoder = config.training, run.reading.encoder
+    packings = (None, False, True) if encoder.pixels is None and models.takes_attention_bias(run.shape) else (False,)
+    layouts = {one: layout_of(training.model_copy(update={"packing": one}), run.shape, encoder) for one in packings}
+    return Shown(run.task, run.reading.tokenizer, run.reading.splits, run.data, layouts, training)
 
 
-def padding_lines(data: TrainingSequences, task: Task, training: TrainingConfig, packs: bool) -> Iterator[str]:
+def padding_lines(
+    data: TrainingSequences, task: Task, training: TrainingConfig, layouts: Mapping[bool | None, Layout]
+) -> Iterator[str]:
     """What the first epoch's batches cost as they are configured, and otherwise."""
     rows = [["packing", "group_by_length", "tokens", "computed", "efficiency", ""]]
-    for pack, group in product((False, True) if packs else (False,), (False, True)):
+    packing = training.packing if training.packing in layouts else False
+    for pack, group in product(layouts, (False, True)):
         order = order_of(data.examples, task, training.model_copy(update={"group_by_length": group}))
-        cost = epoch_cost(data, order(0).tolist(), replace(data.layout, pack=pack))
-        chosen = "configured" if (pack, group) == (training.packing, training.group_by_length) else ""
+        cost = epoch_cost(data, order(0).tolist(), layouts[pack])
+        chosen = "configured" if (pack, group) == (packing, training.group_by_length) else ""
         numbers = f"{cost.valid:,}", f"{cost.computed:,}", f"{cost.valid / cost.computed:.1%}"
-        rows.append([str(pack).lower(), str(group).lower(), *numbers, chosen])
+        rows.append(["auto" if pack is None else str(pack).lower(), str(group).lower(), *numbers, chosen])
     processes = "1 process" if data.world_size == 1 else f"{data.world_size} processes"
     yield (
         f"the first epoch, {data.steps_per_epoch} steps of {data.batch_size}, in micro batches of"
@@ -105,7 +111,7 @@ def report(shown: Shown | ImageReading, split: str | None, examples: int, full: 
     yield from split_lines(splits, {name: len(given[name]) for name in splits})
     if shown.data:
         yield ""
-        yield from padding_lines(shown.data, task, shown.training, shown.packs)
+        yield from padding_lines(shown.data, task, shown.training, shown.layouts)
     yield ""
     yield f"the first examples of {split}; what is scored stands between [[ and ]]"
     for example in splits[split][:examples]:

@@ -81,9 +81,8 @@ class TextReading:
 
     def in_words(self) -> str:
         lengths = [len(c.ids) for examples in self.splits.values() for e in looked_at(examples) for c in e.candidates]
-        return (
-            f"sequences of {min(lengths)} to {max(lengths)} tokens, {self.encoder.truncated} truncated; padded with"
-            f" token {self.layout.pad_id}, masked by length"
+        return f"sequences of {min(lengths)} to {max(lengths)} tokens, {self.encoder.truncated} truncated; " + (
+            "those of a pass in one row" if self.layout.flat else f"padded with token {self.layout.pad_id}, masked"
         )
 
     def stream(self) -> Iterator[str]:
@@ -180,8 +179,8 @@ def layout_of(training: TrainingConfig, shape: PreTrainedModel, encoder: Encoder
             f"training.packing is true, but {type(shape).__name__} has layers that do not attend to all that stands"
             " before, so that sequences in one row would see each other: set it false"
         )
-    flat = able and models.takes_sequences(shape)
-    return Layout(encoder.pad_id, training.share_prefixes and able, training.packing, flat, pixels)
+    flat = training.packing is not False and able and models.takes_sequences(shape)
+    return Layout(encoder.pad_id, training.share_prefixes and able, bool(training.packing), flat, pixels)
 
 
 def order_of(examples: Sequence[EncodedExample], task: Task, training: TrainingConfig) -> Order:

@@ -26,6 +26,7 @@ from lorasc_ds.generation import Generator
 from lorasc_ds.image_reading import ImageReading
 from lorasc_ds.in_flight import StepInFlight
 from lorasc_ds.kernels.attention import SEQUENCES
+from lorasc_ds.layer_compilation import compile_layers
 from lorasc_ds.live_weights import LiveWeights
 from lorasc_ds.objectives import probe_logits, summed_loss
 from lorasc_ds.order import derived_seed
@@ -76,7 +77,9 @@ class Trainer:
         self.processes = Processes(data.rank, data.world_size, accelerator.device)
         if training.gradient_checkpointing:
             module.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
-        if training.packing and isinstance(preparation.reading, TextReading) and preparation.reading.layout.flat:
+        if training.compile:
+            compile_layers(module)
+        if isinstance(preparation.reading, TextReading) and preparation.reading.layout.flat:
             module.set_attn_implementation(SEQUENCES)
         others = other_matrices(module, weights) if preparation.method.noise_on == "all" else {}
         network = preparation.reading.network(module)

@@ -80,7 +80,7 @@ REFUSED = {  # dotted key: a value that is refused, and why
     "compression_training": ({}, r"cannot be merged exactly into quantised weights"),
     "quantize_training": ({}, r"cannot be merged exactly into quantised weights"),
     "hybrid_engine": ({"enabled": True}, r"subtracts it again, which does not restore them"),
-    "compile": ({"deepcompile": True}, r"does not compile the model"),
+    "compile": ({"deepcompile": True}, r"training\.compile is what compiles layers"),
     "data_efficiency": ({"enabled": True}, r"owns the data"),
     "dataloader_drop_last": (True, r"owns the data"),
     "autotuning": ({"enabled": True}, r"training\.batch_size owns"),

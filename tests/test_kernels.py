@@ -27,7 +27,7 @@ from transformers import (
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaModel, LlamaRMSNorm
 
 from lorasc_ds.adapters import LeanLora, attach
-from lorasc_ds.kernels.lean import lean_layer, make_lean
+from lorasc_ds.kernels.lean import is_lean, lean_layer, make_lean
 from lorasc_ds.kernels.norms import RMSNorm
 from lorasc_ds.kernels.swiglu import SwiGLU, SwiGLUFunction
 
@@ -61,6 +61,7 @@ def test_lean_layers_compute_the_same_bits(kind: str) -> None:
     make_lean(model)
     kinds = [type(layer) for layer in model.modules()]
     assert kinds.count(SwiGLU) == 2
+    assert is_lean(model)
     assert kinds.count(RMSNorm) == (9 if kind == "qwen3" else 5)
     assert torch.equal(model(input_ids=torch.arange(24).view(2, 12)).logits, before)
     assert list(model.state_dict()) == names
@@ -72,6 +73,7 @@ def test_other_layers_stay() -> None:
     kinds = [type(layer) for layer in model.modules()]
     make_lean(model.to(torch.bfloat16))
     assert [type(layer) for layer in model.modules()] == kinds
+    assert not is_lean(model)
     llama = LLAMA_TYPES["llama"]().requires_grad_(False)
     make_lean(llama)
     assert not any(isinstance(layer, (RMSNorm, SwiGLU)) for layer in llama.modules())

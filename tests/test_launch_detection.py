@@ -50,7 +50,10 @@ def test_accelerate_names_the_engine_by_file_or_by_flags() -> None:
         ({"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}, "tensor, context and sequence parallel are not supported"),
         ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "8"}, "--gradient_accumulation_steps 8: leave it out and set"),
         ({"ACCELERATE_GRADIENT_CLIPPING": "1.0"}, "--gradient_clipping 1.0: leave it out and set"),
-        ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, "--dynamo_backend inductor: this version does not compile"),
+        (
+            {"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"},
+            "--dynamo_backend inductor: leave it out, or take it from the accelerate config, and set training.compile",
+        ),
         ({"SLURM_STEP_NUM_TASKS": "4"}, "SLURM_STEP_NUM_TASKS is 4, but no launcher says which process this is"),
         ({"OMPI_COMM_WORLD_SIZE": "2"}, "OMPI_COMM_WORLD_SIZE is 2, but no launcher says which process this is"),
         (

@@ -152,6 +152,20 @@ def test_one_launch_is_asked_for_what_each_by_itself_computes(monkeypatch: pytes
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
+def test_a_model_that_shows_no_head_computes_all_logits_and_the_same(
+    tiny_llama: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch = collate([[one] for one in sequences(LENGTHS, SCORED)], [0] * 8, Layout(0))
+    heads = []
+    tiny_llama.lm_head.register_forward_hook(lambda _, inputs, logits: heads.append(logits.shape[:-1].numel()))
+    with torch.no_grad():
+        expected = scored_logits(tiny_llama, batch)
+        monkeypatch.setattr(tiny_llama, "get_output_embeddings", lambda: None)
+        found = scored_logits(tiny_llama, batch)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    assert heads == [len(batch.places), batch.input_ids.numel()]
+
+
 def test_what_leaks_is_seen(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """The proof above would not hold if rows were plainly causal, if one wrong token were seen, or if positions ran on."""
     some = sequences(LENGTHS, SCORED)
@@ -269,10 +283,13 @@ def test_a_packed_run_is_the_padded_run_up_to_rounding(run: Start, tmp_path: Pat
         "training.learning_rate": 1e-2,
         "tracking.log_steps": 1,
     }
-    plain, packed = run(**settings), run(**settings, **{"training.packing": "true"})
+    plain, packed, auto = (run(**settings, **{"training.packing": one}) for one in ("false", "true", "null"))
     losses = [[record["loss"] for record in one.metrics("step")] for one in (plain, packed)]
     assert len(losses[0]) == 4
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
     assert packed.summary["eval"]["dev"]["loss"] == pytest.approx(plain.summary["eval"]["dev"]["loss"], rel=1e-4)
     assert plain.summary["eval"]["dev"]["loss"] < plain.summary["eval_before"]["dev"]["loss"]
     assert packed.summary["weights_sha256"] != plain.summary["weights_sha256"], "other rows, so other rounding"
+    assert auto.summary["weights_sha256"] == packed.summary["weights_sha256"]
+    written = json.loads((auto.directory / "model" / "config.json").read_text())
+    assert SEQUENCES not in json.dumps(written), "it is loaded where this package is not"

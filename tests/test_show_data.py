@@ -45,7 +45,9 @@ dev: 1 examples, 3.8% of the tokens scored
 
 the first epoch, 2 steps of 2, in micro batches of 2 on 1 process: tokens that the model reads, and computes with padding
   packing  group_by_length  tokens  computed  efficiency
-  false    false               315       321       98.1%  configured
+  auto     false               315       315      100.0%  configured
+  auto     true                315       315      100.0%
+  false    false               315       321       98.1%
   false    true                315       321       98.1%
   true     false               315       315      100.0%
   true     true                315       315      100.0%
@@ -139,7 +141,8 @@ def test_the_cost_of_an_epoch_is_that_of_the_run(shared_data: Path, tmp_path: Pa
     arguments = ["--task.name=instructions", f"--task.train_file={tmp_path}/train.jsonl", f"--task.eval_file={tmp_path}/train.jsonl"]  # fmt: skip
     arguments += [f"--model.name_or_path={shared_data}/models/stories260K", "--training.batch_size=8", "--training.micro_batch_size=4"]  # fmt: skip
     costs = []
-    for flags in ([], ["--training.packing=true"], ["--training.group_by_length=true"]):
+    padded = "--training.packing=false"
+    for flags in ([], [padded], [padded, "--training.group_by_length=true"]):
         invocation = parse_command_line([*arguments, *flags], RECIPE)
         assert not isinstance(invocation, str)
         runs = [prepare(invocation.config, rank, 2) for rank in (0, 1)]

@@ -14,7 +14,7 @@ from transformers import LlamaConfig
 
 from lorasc_ds.benchmark import peers
 from lorasc_ds.benchmark.memory import PeakBytes, live_bytes
-from lorasc_ds.benchmark.ours import NOISE_SCALE, Boundary, Steps, make_trainer, prepared, write_model
+from lorasc_ds.benchmark.ours import NOISE_SCALE, Boundary, Steps, compile_afresh, make_trainer, prepared, write_model
 from lorasc_ds.benchmark.results import Result, Target, duration, ratio
 from lorasc_ds.benchmark.setting import Setting
 from lorasc_ds.benchmark.timing import seconds_of
@@ -135,7 +135,7 @@ def growth(setting: Setting) -> Iterator[Result]:
 
     trainer = digits_run(setting, llama_of(4, 64))
     with closing(trainer.batches):
-        peers.regionally_compiled(trainer.module)
+        compile_afresh(trainer.module, setting.compiler)
         step = Steps(trainer)
 
         def turn() -> None:

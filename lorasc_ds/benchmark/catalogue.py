@@ -25,6 +25,7 @@ ROWS = {
     for row in (
         Row("S1", "a training step beside a plain PEFT loop", "steps:beside_peft"),
         Row("S2", "tokens a second on Alpaca's lengths beside HF Trainer and TRL", "steps:beside_trainers"),
+        Row("S3", "a training step with compiled layers", "steps:compiled"),
         Row("C1", "a boundary beside PEFT's cycle", "boundaries:beside_peft"),
         Row("C2", "a boundary under ZeRO beside a new engine", "ranks:rows"),
         Row("C3", "merging a 4096 x 4096 weight: time and memory", "boundaries:large_merge"),

@@ -32,7 +32,11 @@ TRAINING_SETS = {  # name -> settings of the task, on released files
     "squad": {"name": "squad", "data_dir": "squad"},
 }
 PATHS = ("train_file", "data_dir")
-WAYS: dict[str, dict[str, Any]] = {"padded": {}, "grouped": {"group_by_length": True}, "packed": {"packing": True}}
+WAYS: dict[str, dict[str, Any]] = {
+    "padded": {"packing": False},
+    "grouped": {"packing": False, "group_by_length": True},
+    "packed": {},
+}
 
 
 def padding(setting: Setting) -> Iterator[Result]:

@@ -21,7 +21,7 @@ from transformers import CLIPConfig, LlamaConfig
 
 from lorasc_ds.benchmark import data, peers
 from lorasc_ds.benchmark.memory import PeakBytes
-from lorasc_ds.benchmark.ours import Steps, make_trainer, prepared, text_of, word_tokenizer, write_model
+from lorasc_ds.benchmark.ours import Steps, compile_afresh, make_trainer, prepared, text_of, word_tokenizer, write_model
 from lorasc_ds.benchmark.results import Result, Spread, Target, ratio
 from lorasc_ds.benchmark.setting import Setting
 from lorasc_ds.benchmark.shapes import SCORED, llama2_7b
@@ -97,7 +97,7 @@ def packed_run(
     }
     trainer = make_trainer(prepared(write_model(folder, shape.llama), settings), folder, setting.device)
     if compiled:
-        peers.regionally_compiled(trainer.module)
+        compile_afresh(trainer.module, setting.compiler)
     return trainer
 
 
@@ -124,7 +124,8 @@ def assembled(setting: Setting, length: int, *, liger: bool = False, compiled: b
     model = peers.random_model(shape.llama, torch.bfloat16, setting.device)
     model = peers.with_peft(peers.with_liger(model) if liger else model)
     if compiled:
-        peers.regionally_compiled(model)
+        torch._dynamo.reset()
+        peers.regionally_compiled(model, setting.compiler)
     sequences = random_ids(shape, length, setting.device)
     return peers.PlainLoop(model, lambda: sequences)
 

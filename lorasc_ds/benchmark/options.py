@@ -26,7 +26,7 @@ class Options:
         quick: small shapes, few repetitions; the rows of a GPU too, on whatever is here. No result is judged.
         repetitions, warm_up: turns of every variant that count, and before them that do not.
         boundaries: of row C1: how many weights, and how large each side is.
-        hidden_sizes: of the models of row S1.
+        hidden_sizes: of the models of rows S1 and S3.
         processes: of the rows under ZeRO.
         data_dir: real training sets, a folder each, for the rows C9 and C10.
     """
@@ -65,7 +65,7 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="NxD[,NxD]",
         help=f"of row C1: N weights of D x D (default: {BOUNDARIES}; quick: 4x16)",
     )
-    add("--hidden_sizes", metavar="D[,D]", help="of the models of row S1 (default: 64,512; quick: 32)")
+    add("--hidden_sizes", metavar="D[,D]", help="of the models of rows S1 and S3 (default: 64,512; quick: 32)")
     add("--processes", type=int, default=2, metavar="N", help="of the rows under ZeRO (default: 2)")
     add(
         "--data_dir",

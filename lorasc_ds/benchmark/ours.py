@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import PretrainedConfig, PreTrainedTokenizerFast
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from lorasc_ds.algorithm.experts import Pair
 from lorasc_ds.cli import build_config
 from lorasc_ds.encoded import ScoredTokens
+from lorasc_ds.layer_compilation import compile_layers
 from lorasc_ds.models import DTYPES, auto_class
 from lorasc_ds.preparation import Preparation, attach_adapters, prepare
 from lorasc_ds.sharding import Launch, sharded_loading, start
@@ -94,6 +95,12 @@ def make_trainer(preparation: Preparation, folder: Path, device: torch.device, l
     trainer = Trainer(preparation, module, weights, accelerator, folder, Stopping(folder))
     trainer.cascade.open_expert(preparation.plan.expert(1))
     return trainer
+
+
+def compile_afresh(module: PreTrainedModel, backend: str) -> None:
+    """As `training.compile` does. Graphs of models that are gone would count towards the compiler's limit."""
+    torch._dynamo.reset()
+    compile_layers(module, backend)
 
 
 class Steps:

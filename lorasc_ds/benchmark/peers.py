@@ -232,12 +232,10 @@ def with_liger(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def regionally_compiled(model: nn.Module) -> nn.Module:
-    """Every decoder layer compiled, one graph for all; on a CPU for its guards alone, without a C++ compiler."""
-    torch._dynamo.reset()  # graphs of models that are gone count towards its limit
-    backend = "inductor" if next(model.parameters()).device.type == "cuda" else "eager"
+def regionally_compiled(model: nn.Module, backend: str) -> nn.Module:
+    """Every layer of a stack compiled by itself, as users do; for any batch."""
     for module in model.modules():
         if isinstance(module, nn.ModuleList):
             for layer in module:
-                layer.compile(backend=backend, dynamic=False)
+                layer.compile(backend=backend, dynamic=True)
     return model

@@ -31,6 +31,11 @@ class Setting:
     def quick(self) -> bool:
         return self.options.quick
 
+    @property
+    def compiler(self) -> str:
+        """What compiles layers: on a CPU and in haste torch's tracer alone, whose guards are the same."""
+        return "eager" if self.quick and self.device.type == "cpu" else "inductor"
+
     def in_turns(self, variants: Mapping[str, Callable[[], object]]) -> dict[str, list[float]]:
         """Seconds of every variant in every turn."""
         repetitions, warm_up = self.options.repetitions, self.options.warm_up

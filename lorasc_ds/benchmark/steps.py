@@ -1,4 +1,4 @@
-"""Training steps in one process: S1 and S2."""
+"""Training steps in one process: S1 to S3."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from transformers import LlamaConfig
 
 from lorasc_ds.benchmark import peers
 from lorasc_ds.benchmark.boundaries import VOCABULARY, digits_run
-from lorasc_ds.benchmark.ours import Steps, make_trainer, prepared, write_model, write_rows
-from lorasc_ds.benchmark.results import Result, Spread, Target, ratio
+from lorasc_ds.benchmark.ours import Steps, compile_afresh, make_trainer, prepared, write_model, write_rows
+from lorasc_ds.benchmark.results import Result, Spread, Target, duration, ratio
 from lorasc_ds.benchmark.setting import Setting
 
 METHODS = ("lora", "lora+", "dora", "lora-fa")
@@ -69,6 +69,29 @@ def beside_peft(setting: Setting) -> Iterator[Result]:
             )
 
 
+def compiled(setting: Setting) -> Iterator[Result]:
+    """S3: the steps of S1 with and without compiled layers, both sides."""
+    block = 2 if setting.quick else 10
+    for hidden_size in setting.options.hidden_sizes:
+        architecture = llama(hidden_size, VOCABULARY)
+        with ExitStack() as stack:
+            plain, faster = (digits_run(setting, architecture) for _ in range(2))
+            for trainer in (plain, faster):
+                stack.enter_context(closing(trainer.batches))
+            compile_afresh(faster.module, setting.compiler)
+            model = peers.with_peft(peers.random_model(architecture, torch.float32, setting.device))
+            peers.regionally_compiled(model, setting.compiler)
+            loop = peers.PlainLoop(model, Steps(faster).sequences_in_turn().__next__)
+            steps = {"ours": Steps(plain), "ours, compiled": Steps(faster), "PEFT loop, compiled": loop}
+            seconds = setting.in_turns({name: repeated(one, block) for name, one in steps.items()})
+        title = f"{block} steps, hidden size {hidden_size}"
+        as_written = f" (as written: {duration(statistics.median(seconds['ours']))})"
+        gain = f"{title}: as written / compiled"
+        yield setting.judged(ratio("S3", gain, seconds, ("ours", "ours, compiled"), ours=as_written))
+        beside = ("ours, compiled", "PEFT loop, compiled")
+        yield setting.judged(ratio("S3", f"{title}, compiled: ours / PEFT loop", seconds, beside, Target("<=", 1.0)))
+
+
 def alpaca_lengths(count: int) -> list[tuple[int, int]]:
     """Tokens of prompt and answer of Alpaca's rows."""
     return [(asked, answered) for asked, answered in json.loads(ALPACA_LENGTHS.read_text())[:count]]
@@ -92,9 +115,9 @@ def beside_trainers(setting: Setting) -> Iterator[Result]:
     with ExitStack() as stack:
         variants: dict[str, Any] = {}
         for name, own in (
-            ("ours", {}),
-            ("ours, grouped", {"group_by_length": True}),
-            ("ours, packed", {"packing": True}),
+            ("ours", {}),  # packed
+            ("ours, padded", {"packing": False}),
+            ("ours, padded and grouped", {"packing": False, "group_by_length": True}),
         ):
             trainer = alpaca_run(setting, architecture, rows, **own)
             stack.enter_context(closing(trainer.batches))

@@ -21,14 +21,16 @@ class Sequences(NamedTuple):
         lengths: of the sequences, in tokens.
         bounds: int32 of (sequences + 1,): where each begins, and the end of the last. On the device of the row, so that
             no layer has to wait for it.
+        longest: of the lengths; a compiled layer reads no more of them.
     """
 
     lengths: tuple[int, ...]
     bounds: Tensor
+    longest: int
 
     @classmethod
     def of(cls, lengths: tuple[int, ...]) -> Sequences:
-        return cls(lengths, torch.tensor([0, *lengths]).cumsum(0).int())
+        return cls(lengths, torch.tensor([0, *lengths]).cumsum(0).int(), max(lengths))
 
 
 def attend(
@@ -52,16 +54,34 @@ def attend(
     """
     if sequences is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
-    if query.is_cuda and query.dtype != torch.float32 and not dropout:  # what its kernels can
+    if takes_one_launch(query, dropout):
         return in_one_launch(query, key, value, sequences, scaling), None
+    return one_by_one(module, query, key, value, sequences, dropout, scaling), None
+
+
+def takes_one_launch(query: Tensor, dropout: float) -> bool:
+    """Whether torch's flash attention has a kernel for this."""
+    return query.is_cuda and query.dtype != torch.float32 and not dropout
+
+
+@torch.compiler.disable()  # else the lengths of every batch would be compiled into the layer
+def one_by_one(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sequences: Sequences,
+    dropout: float,
+    scaling: float | None,
+) -> Tensor:
+    """SDPA over a sequence after the other; see `attend`."""
     parts = zip(*(one.split(sequences.lengths, dim=2) for one in (query, key, value)), strict=True)
     outputs = [sdpa_attention_forward(module, q, k, v, None, dropout, scaling, is_causal=True)[0] for q, k, v in parts]
-    return torch.cat(outputs, dim=1), None
+    return torch.cat(outputs, dim=1)
 
 
 def in_one_launch(query: Tensor, key: Tensor, value: Tensor, sequences: Sequences, scaling: float | None) -> Tensor:
     """Torch's flash attention over sequences of any lengths; see `attend`."""
-    longest = max(sequences.lengths)
     q, k, v = (one[0].transpose(0, 1) for one in (query, key, value))
     output = varlen_attn(
         q,
@@ -69,8 +89,8 @@ def in_one_launch(query: Tensor, key: Tensor, value: Tensor, sequences: Sequence
         v,
         sequences.bounds,
         sequences.bounds,
-        longest,
-        longest,
+        sequences.longest,
+        sequences.longest,
         scale=scaling,
         window_size=(-1, 0),  # causal
         enable_gqa=q.shape[1] != k.shape[1],

@@ -47,3 +47,8 @@ def make_lean(model: PreTrainedModel) -> None:
             lean = lean_layer(layer)
             if lean is not None:
                 setattr(owner, name, lean.train(layer.training))
+
+
+def is_lean(model: PreTrainedModel) -> bool:
+    """Whether the gated MLPs, which keep the most, are ours."""
+    return any(isinstance(layer, SwiGLU) for layer in model.modules())

@@ -53,7 +53,7 @@ ROWS: list[tuple[str, tuple[Any, ...], str]] = [
     ("use_data_before_expert_parallelism", (False,), PARALLEL),
     ("weight_quantization compression_training quantize_training", (), QUANTISED),
     ("hybrid_engine", (), "it adds LoRA to the weights and subtracts it again, which does not restore them"),
-    ("compile", (), "this version does not compile the model"),
+    ("compile", (), "training.compile is what compiles layers"),
     ("data_efficiency dataloader_drop_last", (), "the trainer owns the data and their order"),
     ("autotuning", (), "it changes the batch, which training.batch_size owns"),
     ("checkpoint datastates_ckpt nebula", (), CHECKPOINTS),

@@ -74,8 +74,8 @@ def detect(deepspeed: Path | None, environment: Mapping[str, str] = os.environ) 
     compiler = environment.get("ACCELERATE_DYNAMO_BACKEND", "no")
     if compiler.lower() != "no":
         raise ConfigError(
-            f"accelerate launch --dynamo_backend {compiler.lower()}: this version does not compile the model; leave it"
-            " out, or take it from the accelerate config"
+            f"accelerate launch --dynamo_backend {compiler.lower()}: leave it out, or take it from the accelerate"
+            " config, and set training.compile"
         )
     if "WORLD_SIZE" not in environment:
         for variable in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"):

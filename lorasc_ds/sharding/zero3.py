@@ -1,14 +1,15 @@
 """ZeRO-3: every weight is cut into one flat slice per rank. Two ways to edit it, of the same bits.
 
 `local`: each rank edits its own slice, with no communication. DeepSpeed documents no such access, so
-`local_edits_work` tries it on the live model. `gather`: rank 0 edits the gathered weight, one at a time,
-through documented calls; the reference.
+`local_edits_work` tries it on the live model. `gather`: rank 0 edits the gathered weights, one after the other; the
+reference.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import zip_longest
 from typing import Any, cast
 
 import torch
@@ -120,16 +121,21 @@ class GatherBackend(Zero3Backend):
     """Rank 0 edits gathered weights, which are then cut up again; the other ranks edit empty slices.
 
     As many are gathered at once as are no larger together than the largest, or than `FEW`: small ones cost their
-    collectives, and of large ones there is memory for one.
+    collectives, and of large ones there is memory for two, since the next is under way while one is edited.
     """
 
     def edit(self, weights: Sequence[nn.Parameter]) -> Iterator[list[Slice]]:
         self.settle(weights)
-        for group in groups(weights, [cast(Any, weight).ds_numel for weight in weights]):
-            with GatheredParameters(list(group), modifier_rank=0):
+        turns = list(groups(weights, [cast(Any, weight).ds_numel for weight in weights]))
+        on_its_way = gathering(turns[0])
+        for group, following in zip_longest(turns, turns[1:]):
+            on_its_way.wait()
+            if following is not None:
+                on_its_way = gathering(following)
+            with GatheredParameters(list(group), modifier_rank=0):  # they are whole; here they are cut up again
                 flats = [weight.detach().view(-1) for weight in group]
                 yield [Slice(flat if self.processes.main else flat[:0], 0) for flat in flats]
-            self.publish(group)
+        self.publish(weights)
 
     def write(self, parameters: Sequence[nn.Parameter], values: Sequence[Tensor]) -> None:
         with GatheredParameters(list(parameters), modifier_rank=0):
@@ -145,6 +151,11 @@ class GatherBackend(Zero3Backend):
             return computes
         master = cast(Tensor, safe_get_full_fp32_param(parameter))
         return computes and torch.equal(master, value.to(master.device))
+
+
+def gathering(weights: Sequence[nn.Parameter]) -> Any:
+    """Begin to make weights whole, as DeepSpeed does ahead of a layer; done after `wait()`."""
+    return cast(Any, weights[0]).all_gather_coalesced(weights)
 
 
 def groups(weights: Sequence[nn.Parameter], sizes: Sequence[int]) -> Iterator[Sequence[nn.Parameter]]:

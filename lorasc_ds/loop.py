@@ -29,6 +29,8 @@ def train(
     cascade, selection, patience, steps = trainer.cascade, trainer.selection, trainer.patience, safe_points.steps
     tracker.say(f"engine    {trainer.engine.name}, merges {trainer.backend.merge_path}")
     tracker.learning_rates(trainer.learning_rates)
+    if tracker.signs.not_judged:
+        tracker.say(f"signs     not judged: {tracker.signs.not_judged}")
 
     def keep_examples() -> None:
         """Those of the weights that would ship, as far as is known."""
@@ -148,6 +150,8 @@ def ship(trainer: Trainer, tracker: Tracker, directory: Path) -> dict[str, Any]:
         "learning_rates": trainer.learning_rates,
         "skipped_steps": tracker.skipped,
         "unreadable": tracker.unreadable,
+        "warnings": tracker.signs.told,
+        "not_judged": tracker.signs.not_judged,
         **({"auto": tracker.choosing(preparation.auto_examples)} if preparation.method.candidates else {}),
         "slow_retention": preparation.asked("slow_retention"),
         "noise_intensity": preparation.asked("noise_intensity"),

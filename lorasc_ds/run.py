@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import shlex
 import sys
@@ -31,6 +32,7 @@ from lorasc_ds.preparation import Preparation, attach_adapters, prepare
 from lorasc_ds.profiling import Profile
 from lorasc_ds.progress import Progress
 from lorasc_ds.recipes import to_yaml
+from lorasc_ds.reports import results_table
 from lorasc_ds.safe_points import SafePoints, restore
 from lorasc_ds.sharding import (
     Launch,
@@ -42,8 +44,10 @@ from lorasc_ds.sharding import (
     start,
 )
 from lorasc_ds.stopping import Stopping
-from lorasc_ds.tracking import Tracker, results_table
+from lorasc_ds.tracking import Tracker
 from lorasc_ds.trainer import Trainer
+from lorasc_ds.warning_signs import Setting
+from lorasc_ds.watch import SignWatch
 
 
 def next_commands(directory: Path, config: Config) -> str:
@@ -174,17 +178,26 @@ def choose(invocation: Invocation, preparation: Preparation, launch: Launch, pro
 
 
 def tracker_of(directory: Path, preparation: Preparation, checkpoint: Checkpoint | None, main: bool) -> Tracker:
-    config = preparation.config
+    config, plan, data = preparation.config, preparation.plan, preparation.data
+    setting = Setting(
+        values=run_directory.flatten(config.model_dump(mode="json")),
+        epochs=math.ceil(plan.steps / data.steps_per_epoch),
+        train_examples=data.steps_per_epoch * data.batch_size,
+        dev_examples=len(preparation.splits.get("dev", ())),
+    )
     return Tracker(
         directory,
         task=preparation.task.name,
         headline=preparation.task.headline,
         counted=preparation.task.counted,
-        steps=preparation.plan.steps,
-        steps_per_epoch=preparation.data.steps_per_epoch,
-        experts=preparation.plan.experts,
+        steps=plan.steps,
+        steps_per_epoch=data.steps_per_epoch,
+        experts=plan.experts,
         log_steps=config.tracking.log_steps,
         tensorboard=config.tracking.tensorboard,
+        signs=SignWatch(
+            setting, steps=plan.steps, steps_per_epoch=data.steps_per_epoch, scored=preparation.evaluation_steps
+        ),
         main=main,
         resumed=None if checkpoint is None else checkpoint.state["tracker"],
     )

@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import math
-import os
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
+from statistics import fmean
 from types import TracebackType
 from typing import Any
 
-import numpy as np
-from torch.utils.tensorboard import SummaryWriter
-from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
 from lorasc_ds import run_directory
 from lorasc_ds.errors import PreemptedError, RunError
+from lorasc_ds.records import Records
 from lorasc_ds.reports import StepReport, shown
 from lorasc_ds.tasks import Scores
-from lorasc_ds.watch import LossWatch
+from lorasc_ds.tensorboard import TensorBoard
+from lorasc_ds.warning_signs import Sign
+from lorasc_ds.watch import LossWatch, SignWatch
 
 PLAIN_LINE_SECONDS = 30.0  # between two lines of the loss where there is no terminal
 
@@ -39,6 +38,7 @@ class Tracker:
         experts: experts of the run.
         log_steps: steps between two records of the loss.
         tensorboard: whether to write `tensorboard/`.
+        signs: what is going wrong.
         main: whether this process writes and prints; the others only count.
         resumed: what `state` gave, where the run goes on; None where it begins.
     """
@@ -55,6 +55,7 @@ class Tracker:
         experts: int,
         log_steps: int,
         tensorboard: bool,
+        signs: SignWatch,
         main: bool = True,
         resumed: dict[str, Any] | None = None,
     ) -> None:
@@ -66,11 +67,10 @@ class Tracker:
         self.experts = experts
         self.log_steps = log_steps
         self.main = main
-        records = directory / "metrics.jsonl" if main else Path(os.devnull)
-        self.metrics = records.open("a", encoding="utf-8")
+        self.records = Records(directory / "metrics.jsonl" if main else None)
         step = 0 if resumed is None else resumed["step"]
-        purge_step = None if resumed is None else step + 1  # what was recorded later happens again
-        self.writer = SummaryWriter(directory / "tensorboard", purge_step=purge_step) if tensorboard and main else None
+        began = None if resumed is None else step
+        self.tensorboard = TensorBoard(directory / "tensorboard", began) if tensorboard and main else None
         self.bar = tqdm(
             total=steps, initial=step, unit="step", disable=not (main and sys.stderr.isatty()), dynamic_ncols=True
         )
@@ -89,6 +89,7 @@ class Tracker:
         self.before: Scores = {}
         self.after: Scores = {}
         self.watch = LossWatch()
+        self.signs = signs
         self.last_line = time.monotonic()
         self.headed = False
         if resumed is not None:
@@ -107,10 +108,10 @@ class Tracker:
             elif error is not None:
                 code = error.exit_code if isinstance(error, RunError) else 1
                 self.failed(" ".join(f"{type(error).__name__}: {error}".split()), code)
-            self.metrics.close()
+            self.records.close()
         self.bar.close()
-        if self.writer is not None:
-            self.writer.close()
+        if self.tensorboard is not None:
+            self.tensorboard.close()
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps: totals, scores, and how far the records go."""
@@ -129,7 +130,8 @@ class Tracker:
             "unreadable": self.unreadable,
             "before": self.before,
             "after": self.after,
-            "metrics_bytes": self.metrics.tell() if self.main else 0,
+            "signs": self.signs.state(),
+            "metrics_bytes": self.records.bytes,
         }
 
     def resume(self, state: dict[str, Any]) -> None:
@@ -144,6 +146,8 @@ class Tracker:
         self.unreadable = state.get("unreadable", 0)  # of a run of an earlier version there is none
         self.checkpoint_seconds = state["checkpoint_seconds"]
         self.before, self.after = state["before"], state["after"]
+        if "signs" in state:  # of a run of an earlier version they are not known
+            self.signs.resume(state["signs"])
         self.metrics_bytes = state["metrics_bytes"]
 
     @property
@@ -168,37 +172,35 @@ class Tracker:
         self.record("warning", {"message": line})
         self.say(f"warning   {line}")
 
+    def tell(self, signs: Iterable[Sign]) -> None:
+        """What is going wrong, each a line and a record."""
+        for sign in signs:
+            line = f"expert {self.expert}, step {self.step}: {sign.message}"
+            self.record("warning", {"sign": sign.name, "message": line})
+            self.say(f"warning   {line}")
+
     def record(self, event: str, values: dict[str, Any]) -> None:
         """One object of `metrics.jsonl`."""
         place = {"event": event, "step": self.step, "expert": self.expert, "epoch": round(self.epoch, 4)}
-        self.metrics.write(json.dumps(without_nan(place | values)) + "\n")
-        self.metrics.flush()
+        self.records.write(place | values)
 
     def scalars(self, values: dict[str, float]) -> None:
-        if self.writer is not None:
-            for tag, value in values.items():
-                self.writer.add_scalar(tag, value, self.step)
+        if self.tensorboard is not None:
+            self.tensorboard.scalars(values, self.step)
 
     def configuration(self, text: str, settings: dict[str, Any]) -> None:
-        """The resolved configuration as text, and as hyper-parameters of this same TensorBoard run."""
-        if self.writer is None:
-            return
-        self.writer.add_text("config", f"```yaml\n{text}\n```")
-        plain = {key: v if isinstance(v, bool | int | float) else str(v) for key, v in settings.items()}
-        metrics = {f"eval/{self.task}/dev/{metric}": 0.0 for metric in (self.headline, "loss")}
-        assert self.writer.file_writer is not None  # opened by add_text
-        for summary in hparams(plain, metrics):
-            self.writer.file_writer.add_summary(summary)
+        """The resolved configuration, as text and flattened."""
+        if self.tensorboard is not None:
+            plain = {key: v if isinstance(v, bool | int | float) else str(v) for key, v in settings.items()}
+            metrics = [f"eval/{self.task}/dev/{metric}" for metric in (self.headline, "loss")]
+            self.tensorboard.configuration(text, plain, metrics)
 
     def goes_on(self, checkpoint: Path, environment: dict[str, Any]) -> None:
         """The run was taken up again, by this command and with these versions.
 
         What `metrics.jsonl` holds beyond the checkpoint is cut off, since it will happen again.
         """
-        if self.main:
-            self.metrics.seek(0, os.SEEK_END)
-            self.metrics.truncate(min(self.metrics.tell(), self.metrics_bytes))
-            self.metrics.seek(0, os.SEEK_END)
+        self.records.cut(self.metrics_bytes)
         self.record("resumed", {"checkpoint": checkpoint.name, "environment": environment})
 
     def learning_rates(self, rates: dict[str, float]) -> None:
@@ -217,12 +219,14 @@ class Tracker:
         self.learning_rate = learning_rate
         if self.step % self.log_steps == 0:
             self.record_window()
+        self.tell(self.signs.step(self.step, self.expert, step.loss))
 
     def left_out(self, step: StepReport, reason: str) -> None:
         """The step is not taken, since its numbers are not finite."""
         self.count(step)
         self.skipped += 1
         self.warn(f"{reason}; left out, number {self.skipped}")
+        self.tell(self.signs.step(self.step, self.expert, None))
 
     def count(self, step: StepReport) -> None:
         self.step += 1
@@ -261,6 +265,7 @@ class Tracker:
         self.expert = expert
         self.boundary_seconds.append(values["seconds"])
         self.choosing_seconds += values["choosing_seconds"] or 0.0
+        self.signs.noise = values["noise_norm"]
         self.boundary("open", values)
 
     def closed(self, values: dict[str, Any]) -> None:
@@ -268,6 +273,7 @@ class Tracker:
         self.record_window()
         self.boundary_seconds[-1] += values["seconds"]
         self.choosing_seconds += values["choosing_seconds"] or 0.0
+        self.tell(self.signs.closed(self.step, self.expert, values["norm"]))
         self.boundary("close", values)
 
     def boundary(self, event: str, values: dict[str, Any]) -> None:
@@ -282,10 +288,10 @@ class Tracker:
             if key.endswith("_losses"):
                 self.scalars({f"{tag}/{candidate:g}": loss for candidate, loss in value.items()})
             elif isinstance(value, dict):
-                by_weight = np.array(list(value.values()))
-                self.scalars({tag: float(by_weight.mean())})
-                if self.writer is not None:
-                    self.writer.add_histogram(f"{tag}_by_weight", by_weight, self.step)
+                by_weight = list(value.values())
+                self.scalars({tag: fmean(by_weight)})
+                if self.tensorboard is not None:
+                    self.tensorboard.histogram(f"{tag}_by_weight", by_weight, self.step)
             elif value is not None:
                 self.scalars({tag: value})
 
@@ -309,6 +315,7 @@ class Tracker:
             for split, of_split in scores.items()
         )
         self.say(" | ".join((f"{when:<15}", *cells, f"{scores[lost]['loss']:8.3f}")))
+        self.tell(self.signs.scored(self.step, scores["dev"]["loss"] if "dev" in scores else None))
 
     def stopped_early(self, steps: int, reason: str) -> None:
         """The run ends before its `steps` optimizer steps."""
@@ -331,25 +338,3 @@ class Tracker:
             "checkpoint_seconds": self.checkpoint_seconds,
             f"{self.counted}_per_second": self.tokens / self.seconds,
         }
-
-
-def without_nan(value: Any) -> Any:
-    """JSON has no NaN and no infinity: they become null."""
-    if isinstance(value, dict):
-        return {key: without_nan(item) for key, item in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def results_table(before: Scores, after: Scores) -> str:
-    """Every split and metric before and after training."""
-    rows = [
-        (split, metric, shown(metric, before[split][metric]), shown(metric, after[split][metric]))
-        for split in after
-        for metric in after[split]
-    ]
-    head = ("split", "metric", "before", "after")
-    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(4)]
-    lines = [
-        f"  {a:<{widths[0]}}  {b:<{widths[1]}}  {c:>{widths[2]}}  {d:>{widths[3]}}" for a, b, c, d in (head, *rows)
-    ]
-    return "\n".join(lines)

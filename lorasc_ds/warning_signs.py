@@ -1,6 +1,6 @@
 """How a run of the method goes wrong, told from numbers that it measures anyway; each sign names the knob to turn.
 
-Four signs: what is learnt does not carry over to dev; the dev loss rises while the training loss falls; the noise is
+Four signs: the training loss is far below the dev loss; the dev loss rises while the training loss falls; the noise is
 larger than the update it stands beside; nothing gets better. All here are functions of what they are given.
 
 A mean loss over n examples is known to about 1/√n of itself, since the losses of examples differ by about as much as
@@ -14,7 +14,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-SHARE = 0.5  # of what training gained, which dev lacks: from here on the larger part was learnt by heart
+GAP = 0.5  # of the dev loss: then the perplexity of the training examples is less than the square root of dev's
+LEAST_GAP = 0.1  # of the loss at the beginning: what is left of it once a task is learnt says little
 LEAST_RISE = 0.05  # of a dev loss on however many examples: less is usual in the last epochs of a sound run
 LEAST_FALL = 1e-3  # of a loss on the same examples: less is no progress
 PATIENCE = (3, 0.25)  # epochs without progress that are told once there was some: at least these, this share of all
@@ -123,11 +124,11 @@ def epoch_signs(start: float | None, epochs: Sequence[Epoch], setting: Setting) 
 
 
 def gap_sign(start: float | None, last: Epoch, setting: Setting) -> Sign | None:
-    """The part of what training gained that dev lacks."""
+    """The training loss is less than half of the dev loss."""
     if start is None or last.dev_loss is None:
         return None
-    gap, gained = last.dev_loss - last.train_loss, start - last.train_loss
-    if gained <= 0 or gap <= SHARE * gained or gap <= chance(setting.dev_examples) * last.dev_loss:
+    gap = last.dev_loss - last.train_loss
+    if gap <= max(GAP, chance(setting.dev_examples)) * last.dev_loss or gap <= LEAST_GAP * start:
         return None
     robust = {"lorasc": "cascade.noise_intensity", "slow": "cascade.slow_retention"}  # what each has against it
     key = robust.get(setting.values["cascade.strategy"])
@@ -135,9 +136,8 @@ def gap_sign(start: float | None, last: Epoch, setting: Setting) -> Sign | None:
     knobs += [setting.knob("raise", "adapter.dropout"), setting.knob("lower", "adapter.rank")]
     return Sign(
         "gap",
-        f"the dev loss {last.dev_loss:.4g} is {gap:.4g} above the training loss {last.train_loss:.4g}, so that of the"
-        f" {gained:.4g} gained in training {gap / gained:.0%} does not carry over: {', '.join(knobs[:-1])} or"
-        f" {knobs[-1]}",
+        f"the training loss is {last.train_loss:.4g}, and the dev loss {last.dev_loss:.4g}, more than twice as high:"
+        f" {', '.join(knobs[:-1])} or {knobs[-1]}",
     )
 
 
@@ -170,8 +170,8 @@ def progress_sign(start: float | None, epochs: Sequence[Epoch], setting: Setting
     since = len(epochs) - best
     if best and since < max(PATIENCE[0], math.ceil(PATIENCE[1] * setting.epochs)):
         return None
-    if not best and len(epochs) == 1 and (start is None or last.dev_loss is None):
-        return None  # nothing to compare with yet
+    if not best and (len(epochs) < min(2, setting.epochs) or not comparable(start, epochs)):
+        return None  # one epoch may be a slow start
     losses = f"training loss {last.train_loss:.4g}"
     if last.dev_loss is not None:
         losses += f", dev loss {last.dev_loss:.4g}"
@@ -201,6 +201,11 @@ def last_progress(start: float | None, epochs: Sequence[Epoch], setting: Setting
         train = one.train_loss if index == 1 else min(train, one.train_loss)
         dev = dev if one.dev_loss is None else min(dev, one.dev_loss)
     return found
+
+
+def comparable(start: float | None, epochs: Sequence[Epoch]) -> bool:
+    """Whether a loss is known twice on the same examples."""
+    return len(epochs) > 1 or (start is not None and epochs[-1].dev_loss is not None)
 
 
 def worse(start: float | None, epochs: Sequence[Epoch]) -> bool:

@@ -118,7 +118,7 @@ def count(tracker: Tracker, training: TrainingConfig, learning_rate: float, repo
             " training.non_finite skip"
         )
     tracker.left_out(report, reason)
-    if tracker.skipped > training.max_skipped_steps:
+    if tracker.totals.skipped > training.max_skipped_steps:
         raise DivergedError(
             f"{reason}; more than training.max_skipped_steps {training.max_skipped_steps} steps were left out: lower"
             " training.learning_rate or look at the data"
@@ -148,8 +148,8 @@ def ship(trainer: Trainer, tracker: Tracker, directory: Path) -> dict[str, Any]:
         "stopped_early": steps if steps < plan.steps else None,
         "global_batch": config.training.batch_size,
         "learning_rates": trainer.learning_rates,
-        "skipped_steps": tracker.skipped,
-        "unreadable": tracker.unreadable,
+        "skipped_steps": tracker.totals.skipped,
+        "unreadable": tracker.totals.unreadable,
         "warnings": tracker.signs.told,
         "not_judged": tracker.signs.not_judged,
         **({"auto": tracker.choosing(preparation.auto_examples)} if preparation.method.candidates else {}),
@@ -157,7 +157,7 @@ def ship(trainer: Trainer, tracker: Tracker, directory: Path) -> dict[str, Any]:
         "noise_intensity": preparation.asked("noise_intensity"),
         "eval": selection.scores or tracker.after,
         "eval_before": tracker.before,
-        "timing": tracker.timing() | {"peak_memory_bytes": peak_memory(trainer.processes.device)},
+        "timing": tracker.totals.timing(tracker.counted) | {"peak_memory_bytes": peak_memory(trainer.processes.device)},
         "base_sha256": trainer.base_sha256,
         "weights_sha256": last_sha256,
         "shipped_sha256": shipped_sha256,

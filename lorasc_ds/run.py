@@ -19,6 +19,7 @@ from accelerate import Accelerator
 from transformers.utils.logging import disable_progress_bar
 
 from lorasc_ds import models, resuming, run_directory
+from lorasc_ds.backends import Backend
 from lorasc_ds.checkpoint import Checkpoint, Checkpoints, read
 from lorasc_ds.cli import Invocation
 from lorasc_ds.config import Config
@@ -44,6 +45,7 @@ from lorasc_ds.sharding import (
     start,
 )
 from lorasc_ds.stopping import Stopping
+from lorasc_ds.tensorboard import TensorBoard
 from lorasc_ds.tracking import Tracker
 from lorasc_ds.trainer import Trainer
 from lorasc_ds.warning_signs import Setting
@@ -179,8 +181,11 @@ def choose(invocation: Invocation, preparation: Preparation, launch: Launch, pro
 
 def tracker_of(directory: Path, preparation: Preparation, checkpoint: Checkpoint | None, main: bool) -> Tracker:
     config, plan, data = preparation.config, preparation.plan, preparation.data
+    settings = run_directory.flatten(config.model_dump(mode="json"))
+    state = None if checkpoint is None else checkpoint.state["tracker"]
+    known = {} if state is None else state.get("backends", {})  # of a run of an earlier version there is none
     setting = Setting(
-        values=run_directory.flatten(config.model_dump(mode="json")),
+        values=settings,
         epochs=math.ceil(plan.steps / data.steps_per_epoch),
         train_examples=data.steps_per_epoch * data.batch_size,
         dev_examples=len(preparation.splits.get("dev", ())),
@@ -194,13 +199,26 @@ def tracker_of(directory: Path, preparation: Preparation, checkpoint: Checkpoint
         steps_per_epoch=data.steps_per_epoch,
         experts=plan.experts,
         log_steps=config.tracking.log_steps,
-        tensorboard=config.tracking.tensorboard,
         signs=SignWatch(
             setting, steps=plan.steps, steps_per_epoch=data.steps_per_epoch, scored=preparation.evaluation_steps
         ),
+        tensorboard=(
+            TensorBoard(directory / "tensorboard", None if state is None else state["step"])
+            if config.tracking.tensorboard and main
+            else None
+        ),
+        backends=[
+            Backend(name, config.tracking.project, directory, plain(settings), known.get(name))
+            for name in (config.tracking.backends if main else ())
+        ],
         main=main,
-        resumed=None if checkpoint is None else checkpoint.state["tracker"],
+        resumed=state,
     )
+
+
+def plain(settings: dict[str, Any]) -> dict[str, Any]:
+    """As trackers take them: numbers, booleans and texts."""
+    return {key: v if isinstance(v, bool | int | float) else str(v) for key, v in settings.items()}
 
 
 def carry_out(
@@ -223,7 +241,7 @@ def carry_out(
     stopping.poll(trainer.processes)
     if checkpoint is None:
         progress = Progress()
-        tracker.configuration(to_yaml(invocation.config), run_directory.flatten(config.model_dump(mode="json")))
+        tracker.configuration(to_yaml(config), plain(run_directory.flatten(config.model_dump(mode="json"))))
     else:
         progress = restore(trainer, checkpoint)
         if trainer.processes.main:  # now that nothing can refuse it any more

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,10 @@ class TensorBoard:
             self.writer.add_scalar(tag, value, step)
 
     def histogram(self, tag: str, values: Sequence[float], step: int) -> None:
-        self.writer.add_histogram(tag, np.array(values), step)
+        """Of finite values; TensorBoard has none of others."""
+        finite = [value for value in values if math.isfinite(value)]
+        if finite:
+            self.writer.add_histogram(tag, np.array(finite), step)
 
     def configuration(self, text: str, settings: Mapping[str, Any], metrics: Sequence[str]) -> None:
         """The resolved configuration as text, and as hyper-parameters of this same run.

@@ -1,28 +1,26 @@
-"""The record of a run: `metrics.jsonl`, TensorBoard, `status.json`, and what a terminal or a log file shows."""
+"""The record of a run: every event goes to `metrics.jsonl`, trackers, `status.json` and the console, as fits."""
 
 from __future__ import annotations
 
 import contextlib
-import sys
-import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
 from types import TracebackType
 from typing import Any
 
-from tqdm import tqdm
-
 from lorasc_ds import run_directory
+from lorasc_ds.backends import Backend
+from lorasc_ds.console import Console
 from lorasc_ds.errors import PreemptedError, RunError
 from lorasc_ds.records import Records
-from lorasc_ds.reports import StepReport, shown
+from lorasc_ds.reports import StepReport
 from lorasc_ds.tasks import Scores
 from lorasc_ds.tensorboard import TensorBoard
+from lorasc_ds.totals import Totals
 from lorasc_ds.warning_signs import Sign
 from lorasc_ds.watch import LossWatch, SignWatch
-
-PLAIN_LINE_SECONDS = 30.0  # between two lines of the loss where there is no terminal
 
 
 class Tracker:
@@ -37,8 +35,8 @@ class Tracker:
         steps_per_epoch: of them, those of one pass over the training examples.
         experts: experts of the run.
         log_steps: steps between two records of the loss.
-        tensorboard: whether to write `tensorboard/`.
         signs: what is going wrong.
+        tensorboard, backends: where the curves go; of the main process.
         main: whether this process writes and prints; the others only count.
         resumed: what `state` gave, where the run goes on; None where it begins.
     """
@@ -54,8 +52,9 @@ class Tracker:
         steps_per_epoch: int,
         experts: int,
         log_steps: int,
-        tensorboard: bool,
         signs: SignWatch,
+        tensorboard: TensorBoard | None = None,
+        backends: Sequence[Backend] = (),
         main: bool = True,
         resumed: dict[str, Any] | None = None,
     ) -> None:
@@ -69,29 +68,20 @@ class Tracker:
         self.main = main
         self.records = Records(directory / "metrics.jsonl" if main else None)
         step = 0 if resumed is None else resumed["step"]
-        began = None if resumed is None else step
-        self.tensorboard = TensorBoard(directory / "tensorboard", began) if tensorboard and main else None
-        self.bar = tqdm(
-            total=steps, initial=step, unit="step", disable=not (main and sys.stderr.isatty()), dynamic_ncols=True
-        )
+        self.tensorboard = tensorboard
+        self.backends = backends
+        self.console = Console(steps, step, headline, main)
         self.step = step
         self.expert = 0
         self.window: list[StepReport] = []
         self.learning_rate = 0.0
         self.lr_ratios = {"pairs": 1.0}
-        self.seconds, self.tokens = 0.0, 0
-        self.boundary_seconds: list[float] = []
-        self.choosing_seconds = 0.0
-        self.checkpoint_seconds = 0.0
-        self.skipped = 0
-        self.unreadable = 0
+        self.totals = Totals() if resumed is None else Totals.of(resumed)
         self.metrics_bytes = 0
         self.before: Scores = {}
         self.after: Scores = {}
         self.watch = LossWatch()
         self.signs = signs
-        self.last_line = time.monotonic()
-        self.headed = False
         if resumed is not None:
             self.resume(resumed)
         self.status("running", "loading")
@@ -106,12 +96,14 @@ class Tracker:
             if isinstance(error, PreemptedError):
                 self.status("preempted", str(error), error.exit_code)
             elif error is not None:
-                code = error.exit_code if isinstance(error, RunError) else 1
-                self.failed(" ".join(f"{type(error).__name__}: {error}".split()), code)
+                self.failed(" ".join(f"{type(error).__name__}: {error}".split()), exit_code_of(error))
             self.records.close()
-        self.bar.close()
+        self.console.bar.close()
         if self.tensorboard is not None:
             self.tensorboard.close()
+        code = 0 if error is None else exit_code_of(error)
+        for backend in self.backends:
+            backend.end(code)
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps: totals, scores, and how far the records go."""
@@ -121,16 +113,11 @@ class Tracker:
             "learning_rate": self.learning_rate,
             "watched": {"losses": list(self.watch.losses), "high": self.watch.high},
             "window": [one._replace(examples=())._asdict() for one in self.window],
-            "seconds": self.seconds,
-            "tokens": self.tokens,
-            "boundary_seconds": self.boundary_seconds,
-            "choosing_seconds": self.choosing_seconds,
-            "checkpoint_seconds": self.checkpoint_seconds,
-            "skipped": self.skipped,
-            "unreadable": self.unreadable,
+            **asdict(self.totals),
             "before": self.before,
             "after": self.after,
             "signs": self.signs.state(),
+            "backends": {one.name: one.identity for one in self.backends},
             "metrics_bytes": self.records.bytes,
         }
 
@@ -140,11 +127,6 @@ class Tracker:
         self.watch.losses.extend(state["watched"]["losses"])
         self.watch.high = state["watched"]["high"]
         self.window = [StepReport(**one | {"examples": tuple(one["examples"])}) for one in state["window"]]
-        self.seconds, self.tokens = state["seconds"], state["tokens"]
-        self.boundary_seconds = list(state["boundary_seconds"])
-        self.choosing_seconds, self.skipped = state["choosing_seconds"], state["skipped"]
-        self.unreadable = state.get("unreadable", 0)  # of a run of an earlier version there is none
-        self.checkpoint_seconds = state["checkpoint_seconds"]
         self.before, self.after = state["before"], state["after"]
         if "signs" in state:  # of a run of an earlier version they are not known
             self.signs.resume(state["signs"])
@@ -162,10 +144,7 @@ class Tracker:
         self.status("failed", message, exit_code)
 
     def say(self, line: str) -> None:
-        """A line on stdout, above the progress bar where there is one."""
-        if self.main:
-            with tqdm.external_write_mode(file=sys.stdout):
-                print(line, flush=True)
+        self.console.say(line)
 
     def warn(self, line: str) -> None:
         """A line that is also a record."""
@@ -187,13 +166,15 @@ class Tracker:
     def scalars(self, values: dict[str, float]) -> None:
         if self.tensorboard is not None:
             self.tensorboard.scalars(values, self.step)
+        for problem in [backend.scalars(values, self.step) for backend in self.backends]:
+            if problem is not None:
+                self.warn(problem)
 
     def configuration(self, text: str, settings: dict[str, Any]) -> None:
-        """The resolved configuration, as text and flattened."""
+        """The resolved configuration, as text and flattened; backends have it from their start."""
         if self.tensorboard is not None:
-            plain = {key: v if isinstance(v, bool | int | float) else str(v) for key, v in settings.items()}
             metrics = [f"eval/{self.task}/dev/{metric}" for metric in (self.headline, "loss")]
-            self.tensorboard.configuration(text, plain, metrics)
+            self.tensorboard.configuration(text, settings, metrics)
 
     def goes_on(self, checkpoint: Path, environment: dict[str, Any]) -> None:
         """The run was taken up again, by this command and with these versions.
@@ -224,18 +205,18 @@ class Tracker:
     def left_out(self, step: StepReport, reason: str) -> None:
         """The step is not taken, since its numbers are not finite."""
         self.count(step)
-        self.skipped += 1
-        self.warn(f"{reason}; left out, number {self.skipped}")
+        self.totals.skipped += 1
+        self.warn(f"{reason}; left out, number {self.totals.skipped}")
         self.tell(self.signs.step(self.step, self.expert, None))
 
     def count(self, step: StepReport) -> None:
         self.step += 1
-        self.seconds += step.seconds
-        self.tokens += step.tokens
+        self.totals.seconds += step.seconds
+        self.totals.tokens += step.tokens
         for line in step.unreadable:
-            self.unreadable += 1
-            self.warn(f"step {self.step}: {line}; left out, number {self.unreadable}")
-        self.bar.update()
+            self.totals.unreadable += 1
+            self.warn(f"step {self.step}: {line}; left out, number {self.totals.unreadable}")
+        self.console.bar.update()
 
     def record_window(self) -> None:
         """The steps since the last record: means, and the learning rate of the last of them."""
@@ -254,25 +235,21 @@ class Tracker:
         self.scalars({tag: values[key] for key, tag in tags.items()})
         self.scalars({f"train/lr/{role}": self.learning_rate * ratio for role, ratio in self.lr_ratios.items()})
         state = f"loss {values['loss']:.4f}, {values[per_second]:,.0f} {self.counted}/s"
-        self.bar.set_description(f"expert {self.expert}/{self.experts}", refresh=False)
-        self.bar.set_postfix_str(state)
-        if self.bar.disable and time.monotonic() - self.last_line > PLAIN_LINE_SECONDS:
-            self.last_line = time.monotonic()
-            self.say(f"step {self.step}/{self.bar.total}, expert {self.expert}/{self.experts}: {state}")
+        self.console.doing(self.step, f"expert {self.expert}/{self.experts}", state)
 
     def opened(self, expert: int, values: dict[str, Any]) -> None:
         """An expert begins; `values` say what that did, its `seconds` among them."""
         self.expert = expert
-        self.boundary_seconds.append(values["seconds"])
-        self.choosing_seconds += values["choosing_seconds"] or 0.0
+        self.totals.boundary_seconds.append(values["seconds"])
+        self.totals.choosing_seconds += values["choosing_seconds"] or 0.0
         self.signs.noise = values["noise_norm"]
         self.boundary("open", values)
 
     def closed(self, values: dict[str, Any]) -> None:
         """The expert has been merged."""
         self.record_window()
-        self.boundary_seconds[-1] += values["seconds"]
-        self.choosing_seconds += values["choosing_seconds"] or 0.0
+        self.totals.boundary_seconds[-1] += values["seconds"]
+        self.totals.choosing_seconds += values["choosing_seconds"] or 0.0
         self.tell(self.signs.closed(self.step, self.expert, values["norm"]))
         self.boundary("close", values)
 
@@ -306,15 +283,7 @@ class Tracker:
                 for metric, value in of_split.items()
             }
         )
-        lost = "dev" if "dev" in scores else list(scores)[-1]
-        if not self.headed:
-            self.headed = True
-            self.say(" | ".join((f"{self.headline:<15}", *(f"{split:>5}" for split in scores), f"{lost} loss")))
-        cells = (
-            f"{shown(self.headline, of_split[self.headline]):>{max(5, len(split))}}"
-            for split, of_split in scores.items()
-        )
-        self.say(" | ".join((f"{when:<15}", *cells, f"{scores[lost]['loss']:8.3f}")))
+        self.console.scored(when, scores)
         self.tell(self.signs.scored(self.step, scores["dev"]["loss"] if "dev" in scores else None))
 
     def stopped_early(self, steps: int, reason: str) -> None:
@@ -323,18 +292,12 @@ class Tracker:
         self.say(f"stopped   after step {self.step} of {steps}: {reason}")
 
     def choosing(self, examples: int) -> dict[str, float]:
-        """What it cost to choose α and λ on `examples` dev examples, said and returned; `share` is of the training."""
-        share = self.choosing_seconds / (self.seconds + sum(self.boundary_seconds))
-        self.say(
-            f"auto      {self.choosing_seconds:.1f} s to choose on {examples} dev examples, {share:.1%} of the training"
-        )
-        return {"examples": examples, "seconds": self.choosing_seconds, "share": share}
+        """What it cost to choose α and λ, said and returned."""
+        cost = self.totals.choosing(examples)
+        spent = f"{cost['seconds']:.1f} s to choose on {examples} dev examples"
+        self.say(f"auto      {spent}, {cost['share']:.1%} of the training")
+        return cost
 
-    def timing(self) -> dict[str, Any]:
-        """Seconds of all steps, of each boundary and of all checkpoints, and what was read per second of steps."""
-        return {
-            "train_seconds": self.seconds,
-            "boundary_seconds": self.boundary_seconds,
-            "checkpoint_seconds": self.checkpoint_seconds,
-            f"{self.counted}_per_second": self.tokens / self.seconds,
-        }
+
+def exit_code_of(error: BaseException) -> int:
+    return error.exit_code if isinstance(error, RunError) else 1

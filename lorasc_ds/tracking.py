@@ -252,6 +252,8 @@ class Tracker:
         self.totals.choosing_seconds += values["choosing_seconds"] or 0.0
         self.tell(self.signs.closed(self.step, self.expert, values["norm"]))
         self.boundary("close", values)
+        if values["norm"] > 0:
+            self.scalars({"lorasc/close/noise_to_update": self.signs.noise / values["norm"]})
 
     def boundary(self, event: str, values: dict[str, Any]) -> None:
         """Records a boundary; a mapping of values by weight becomes its mean and a histogram.
@@ -285,6 +287,7 @@ class Tracker:
         )
         self.console.scored(when, scores)
         self.tell(self.signs.scored(self.step, scores["dev"]["loss"] if "dev" in scores else None))
+        self.scalars(self.signs.gap(self.step))
 
     def stopped_early(self, steps: int, reason: str) -> None:
         """The run ends before its `steps` optimizer steps."""

@@ -76,6 +76,13 @@ class SignWatch:
         self.epochs[-1] = replace(self.epochs[-1], dev_loss=dev_loss)
         return self.judge()
 
+    def gap(self, step: int) -> dict[str, float]:
+        """How far dev is above the training loss of the epoch that ended at `step`, if both are known."""
+        last = self.epochs[-1] if self.epochs else None
+        if last is None or last.step != step or last.dev_loss is None:
+            return {}
+        return {"train/dev_gap": last.dev_loss - last.train_loss}
+
     def judge(self) -> list[Sign]:
         last = self.epochs[-1]
         return list(self.new(epoch_signs(self.start, self.epochs, self.setting), last.step, last.expert))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -13,8 +12,8 @@ GREYS = (0.72, 0.0)  # of the first expert's spectrum, of the last one's
 STYLES = (("o-", "black"), ("s--", "#1f77b4"), ("^:", "#d95f02"))  # markers and dashes, so that colour is not needed
 
 
-def draw(rows: Sequence[Row], title: str) -> bytes:
-    """A PNG of the rows: spectra, ranks, overlaps of successive experts, noise against signal."""
+def draw(rows: Sequence[Row], title: str) -> Any:
+    """A matplotlib figure of the rows: spectra, ranks, overlaps of successive experts, noise against signal."""
     from matplotlib.figure import Figure  # here, since it takes a second and is needed here only
 
     figure = Figure(figsize=(10, 7.5), layout="constrained")
@@ -59,9 +58,7 @@ def draw(rows: Sequence[Row], title: str) -> bytes:
         # Ranks leave room under their bound; elsewhere the best place is found.
         place = {"loc": "upper right", "bbox_to_anchor": (1, 0.9)} if axis is axes[0, 1] else {"loc": "best"}
         axis.legend(framealpha=0.85, edgecolor="none", **place)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=150)
-    return buffer.getvalue()
+    return figure
 
 
 def draw_curves(axis: Any, experts: Sequence[int], curves: dict[str, Sequence[float | None]]) -> None:

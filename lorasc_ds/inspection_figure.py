@@ -52,7 +52,11 @@ def draw(rows: Sequence[Row], title: str) -> Any:
         },
     )
     axes[1, 1].set(title="noise against signal", ylabel="ratio of Frobenius norms")
-    for axis in axes.flat:
+    if len(rows) == 1 and rows[0].overlap is None:
+        leave_out(axes[1, 0], "there is one expert")
+    if not any(row.total_noise for row in rows):
+        leave_out(axes[1, 1], "there was no noise")
+    for axis in (one for one in axes.flat if one.get_lines()):
         axis.grid(color="0.9", lw=0.6)
         axis.spines[["top", "right"]].set_visible(False)
         # Ranks leave room under their bound; elsewhere the best place is found.
@@ -71,10 +75,19 @@ def draw_curves(axis: Any, experts: Sequence[int], curves: dict[str, Sequence[fl
     axis.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
 
 
+def leave_out(axis: Any, reason: str) -> None:
+    """A panel without anything to show says why."""
+    for line in axis.get_lines():
+        line.remove()
+    axis.set(xticks=[], yticks=[], xlabel="", ylabel="")
+    axis.spines[:].set_visible(False)
+    axis.text(0.5, 0.5, reason, transform=axis.transAxes, ha="center", color="0.4")
+
+
 def draw_spectra(axis: Any, rows: Sequence[Row]) -> None:
     """Singular values of the total update after every expert, the later the darker."""
     for position, row in enumerate(rows):
-        part = position / max(1, len(rows) - 1)
+        part = position / (len(rows) - 1) if len(rows) > 1 else 1.0
         ends = position in (0, len(rows) - 1)
         values = [value for value in row.singular_values if value > 1e-6 * row.singular_values[0]]
         axis.plot(

@@ -49,8 +49,8 @@ def draw(events: Sequence[Event], title: str) -> Any:
     if metric:
         draw_scores(axes[1], scored, metric)
     closed = [one["step"] for one in events if one["event"] == "close"]
-    for axis in axes:
-        draw_boundaries(axis, closed)
+    for at, axis in enumerate(axes):
+        draw_boundaries(axis, closed, "_" if at else "expert merged")
         axis.grid(axis="y", color="0.9", lw=0.6)
         axis.spines[["top", "right"]].set_visible(False)
         axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=9)
@@ -61,7 +61,7 @@ def draw(events: Sequence[Event], title: str) -> Any:
 def draw_losses(axis: Any, steps: Sequence[Event], scored: dict[int, Any]) -> None:
     """The recorded training loss, and the dev loss of what would have shipped."""
     known = [one for one in steps if one["loss"] is not None]
-    axis.plot([one["step"] for one in known], [one["loss"] for one in known], color="0.7", lw=1, label="training")
+    axis.plot([one["step"] for one in known], [one["loss"] for one in known], color="0.65", lw=1, label="training")
     dev = {step: scores["dev"]["loss"] for step, scores in scored.items() if "dev" in scores}
     if dev:
         draw_line(axis, dev, STYLES[0], GREYS[0], "dev")
@@ -83,12 +83,11 @@ def draw_line(axis: Any, values: dict[int, float | None], style: str, grey: str,
     axis.plot([*known], [*known.values()], style, color=grey, mfc="white", ms=4.5, lw=1.2, label=label, markevery=every)
 
 
-def draw_boundaries(axis: Any, closed: Sequence[int]) -> None:
-    if not closed:
-        return
-    few, label = len(closed) <= LINES, "expert merged"
-    if few:
-        axis.vlines(closed, 0, 1, transform=axis.get_xaxis_transform(), color="0.8", lw=0.7, zorder=0, label=label)
+def draw_boundaries(axis: Any, closed: Sequence[int], label: str) -> None:
+    """Where experts were merged; a label that begins with _ is not in the legend."""
+    if len(closed) <= LINES:
+        look = {"color": "0.6", "lw": 0.7, "ls": ":", "zorder": 0, "label": label}
+        axis.vlines(closed, 0, 1, transform=axis.get_xaxis_transform(), **look)
     else:
         heights = [0.0] * len(closed)
         axis.plot(closed, heights, "|", color="0.3", ms=8, transform=axis.get_xaxis_transform(), label=label)
@@ -100,6 +99,6 @@ def draw_signs(axis: Any, warnings: Sequence[Event]) -> None:
         place = {"xy": (one["step"], 1), "xycoords": axis.get_xaxis_transform()}
         words = one["sign"].replace("_", " ")
         axis.annotate(
-            words, **place, xytext=(0, 4 + 11 * (at % 2)), textcoords="offset points", ha="center", fontsize=8
+            words, **place, xytext=(0, 6 + 12 * (at % 2)), textcoords="offset points", ha="center", fontsize=8
         )
         axis.plot([one["step"]], [1], "kv", ms=6, transform=axis.get_xaxis_transform(), clip_on=False)

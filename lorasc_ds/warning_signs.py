@@ -109,29 +109,35 @@ def noise_sign(noise: float, update: float, setting: Setting) -> Sign | None:
     )
 
 
-def epoch_signs(start: float | None, epochs: Sequence[Epoch], setting: Setting) -> list[Sign]:
+def epoch_signs(start: float | None, epochs: Sequence[Epoch], setting: Setting, drowned: bool = False) -> list[Sign]:
     """What is wrong after the last of `epochs`.
 
     Args:
+        drowned: whether there is too much noise already, so that more is no remedy.
         start: dev loss of the pretrained model, which has seen neither the training nor the dev examples: both losses
             begin there. None where nothing is scored.
     """
     if not all(math.isfinite(loss) for one in epochs for loss in (one.train_loss, one.dev_loss or 0.0)):
         return []  # such a run is ended or told of elsewhere
     rising = rising_dev_sign(start, epochs, setting)
-    found = (gap_sign(start, epochs[-1], setting), rising, None if rising else progress_sign(start, epochs, setting))
+    found = (
+        gap_sign(start, epochs[-1], setting, drowned),
+        rising,
+        None if rising else progress_sign(start, epochs, setting),
+    )
     return [one for one in found if one is not None]
 
 
-def gap_sign(start: float | None, last: Epoch, setting: Setting) -> Sign | None:
+def gap_sign(start: float | None, last: Epoch, setting: Setting, drowned: bool) -> Sign | None:
     """The training loss is less than half of the dev loss."""
     if start is None or last.dev_loss is None:
         return None
     gap = last.dev_loss - last.train_loss
     if gap <= max(GAP, chance(setting.dev_examples)) * last.dev_loss or gap <= LEAST_GAP * start:
         return None
-    robust = {"lorasc": "cascade.noise_intensity", "slow": "cascade.slow_retention"}  # what each has against it
-    key = robust.get(setting.values["cascade.strategy"])
+    retention = "cascade.slow_retention"
+    robust = {"lorasc": retention if drowned else "cascade.noise_intensity", "slow": retention}
+    key = robust.get(setting.values["cascade.strategy"])  # what the method itself has against it
     knobs = [setting.knob("raise", key)] if key and setting.values[key] != "auto" else []
     knobs += [setting.knob("raise", "adapter.dropout"), setting.knob("lower", "adapter.rank")]
     return Sign(

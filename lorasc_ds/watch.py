@@ -85,7 +85,8 @@ class SignWatch:
 
     def judge(self) -> list[Sign]:
         last = self.epochs[-1]
-        return list(self.new(epoch_signs(self.start, self.epochs, self.setting), last.step, last.expert))
+        drowned = any(one["sign"] == "noise" for one in self.told)
+        return list(self.new(epoch_signs(self.start, self.epochs, self.setting, drowned), last.step, last.expert))
 
     def closed(self, step: int, expert: int, update: float) -> list[Sign]:
         """An expert whose D(slow) has norm `update` was merged; the noise before it had norm `noise`."""

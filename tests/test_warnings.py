@@ -109,6 +109,8 @@ def test_each_names_the_knob_with_its_value_and_direction() -> None:
     gap = {"train": (1.0, 0.3), "dev": (1.0, 0.9)}
     raised = "raise --adapter.dropout (now 0) or lower --adapter.rank (now 8)"
     assert said(*noisy, **gap) == f"raise --cascade.noise_intensity (now 0.3), {raised}"
+    (drowned,) = epoch_signs(2.0, epochs_of([1.0, 0.3], [1.0, 0.9]), setting(*noisy), drowned=True)
+    assert f": raise --cascade.slow_retention (now 0.5), {raised}" in drowned.message
     assert said("--cascade.strategy=slow", **gap) == f"raise --cascade.slow_retention (now 0.5), {raised}"
     assert said(*plain, **gap) == raised.replace("now 0)", "now 0.05)")
     rising = {"train": (1.0, 0.9), "dev": (1.0, 1.3)}

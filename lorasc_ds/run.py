@@ -183,7 +183,10 @@ def tracker_of(directory: Path, preparation: Preparation, checkpoint: Checkpoint
     config, plan, data = preparation.config, preparation.plan, preparation.data
     settings = run_directory.flatten(config.model_dump(mode="json"))
     state = None if checkpoint is None else checkpoint.state["tracker"]
-    known = {} if state is None else state.get("backends", {})  # of a run of an earlier version there is none
+    known: dict[str, str | None] = {}
+    origin = run_directory.origin_of(directory)
+    if checkpoint is not None and not (origin and origin.name == checkpoint.path.name):  # that one is another run's
+        known = checkpoint.state["tracker"].get("backends", {})  # of a run of an earlier version there is none
     setting = Setting(
         values=settings,
         epochs=math.ceil(plan.steps / data.steps_per_epoch),

@@ -90,6 +90,17 @@ def test_a_run_goes_on_in_the_tracker_run_it_began(
     assert len(set(both)) == len(both)
 
 
+def test_a_run_that_begins_from_another_begins_its_own_in_the_tracker(
+    command: Command, stopped: Callable[..., Path], recorded: Recorded
+) -> None:
+    directory = stopped(4, **FLAGS)
+    (checkpoint,) = (directory / "checkpoints").glob("*4_training")
+    assert command(directory.parent / "other", f"--resume={checkpoint}", **FLAGS)[0] == 0
+    first, second = recorded
+    assert (first.id == second.id, second.options["name"]) == (False, "other")
+    assert second.settings == first.settings
+
+
 def test_a_tracker_that_fails_ends_no_run(
     tmp_path: Path, command: Command, recorded: Recorded, monkeypatch: pytest.MonkeyPatch
 ) -> None:

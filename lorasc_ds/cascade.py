@@ -127,6 +127,7 @@ class Boundaries:
             noise_intensity=chosen.value,
             noise_losses=chosen.losses,
             noise_scale=dict(self.noise_scale),
+            noise_norm=math.hypot(*(experts.noise_norm(self.noise_scale[one.name], one.shape) for one in self.weights)),
             noise_change=noise_change,
             pruned=pruned,
             choosing_seconds=chosen.seconds,

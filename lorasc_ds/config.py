@@ -210,6 +210,15 @@ class CascadeConfig(Section):
 class TrackingConfig(Section):
     log_steps: int = Field(default=10, ge=1, description="Optimizer steps between two records of the loss.")
     tensorboard: bool = Field(default=True, description="Write `tensorboard/`.")
+    backends: Annotated[
+        tuple[Literal["aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "trackio", "wandb"], ...],
+        Field(strict=False),
+    ] = Field(
+        default=(),
+        description="Trackers beside it that get the same numbers at the same steps, through Accelerate, set up as"
+        " their manuals say; wandb and mlflow go on with their run when this one does, the others begin another.",
+    )
+    project: str = Field(default="lorasc_ds", min_length=1, description="What tracking.backends file the run under.")
 
 
 class Config(Section):

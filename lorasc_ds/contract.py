@@ -27,7 +27,9 @@ FREE = {
     "training.save_failures_allowed",
     "training.save_model",
     "training.share_prefixes",
+    "tracking.backends",
     "tracking.log_steps",
+    "tracking.project",
     "tracking.tensorboard",
 }
 """They change where and how numbers are computed and kept, the results at most by rounding and dropout's masks."""

@@ -8,14 +8,16 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from lorasc_ds import inspection_figure, run_figure
 from lorasc_ds.algorithm.files import write_atomically
 from lorasc_ds.algorithm.ledger import Ledger, LedgerError, digest
 from lorasc_ds.config import ModelConfig
 from lorasc_ds.errors import ConfigError
-from lorasc_ds.inspection_figure import draw
+from lorasc_ds.figure_files import files_of
 from lorasc_ds.inspection_rows import Row, inspect, mean_row
 from lorasc_ds.models import pretrained_tensors
 from lorasc_ds.run_directory import write_json
+from lorasc_ds.run_figure import read_events
 
 
 def verify(ledger: Ledger, run: Path, base: str | None) -> dict[str, str]:
@@ -130,6 +132,8 @@ def run(options: Namespace, directory: Path) -> None:
     if options.per_weight:
         print("\n" + "\n\n".join(table(f"{name}:", rows) for name, rows in weights.items()))
     output_dir = options.output_dir or options.run_dir
+    records = options.run_dir / "metrics.jsonl"
+    events = read_events(records) if records.is_file() else []
     title = f"{ledger.strategy}, rank {ledger.adapter.rank}, mean of {len(weights)} weights of {ledger.base.name}"
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
@@ -146,7 +150,12 @@ def run(options: Namespace, directory: Path) -> None:
             "weights": {name: [asdict(row) for row in rows] for name, rows in weights.items()},
         }
         write_json(output_dir / "inspection.json", content)
-        write_atomically(output_dir / "inspection.png", draw(means, title))
+        figures = {"inspection": inspection_figure.draw(means, title)}
+        if events:
+            figures["curves"] = run_figure.draw(events, f"{ledger.strategy}, rank {ledger.adapter.rank}")
+        for name, content in files_of(figures).items():
+            write_atomically(output_dir / name, content)
     except OSError as error:
         raise ConfigError(f"--output_dir {output_dir}: {error.strerror}; choose another") from error
-    print(f"\nwritten   {output_dir / 'inspection.json'} (with all singular values), {output_dir / 'inspection.png'}")
+    drawn = " and ".join(f"{name}.png and .svg" for name in figures)
+    print(f"\nwritten   {output_dir / 'inspection.json'} (with all singular values); {drawn} beside it")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -13,8 +12,8 @@ GREYS = (0.72, 0.0)  # of the first expert's spectrum, of the last one's
 STYLES = (("o-", "black"), ("s--", "#1f77b4"), ("^:", "#d95f02"))  # markers and dashes, so that colour is not needed
 
 
-def draw(rows: Sequence[Row], title: str) -> bytes:
-    """A PNG of the rows: spectra, ranks, overlaps of successive experts, noise against signal."""
+def draw(rows: Sequence[Row], title: str) -> Any:
+    """A matplotlib figure of the rows: spectra, ranks, overlaps of successive experts, noise against signal."""
     from matplotlib.figure import Figure  # here, since it takes a second and is needed here only
 
     figure = Figure(figsize=(10, 7.5), layout="constrained")
@@ -53,15 +52,17 @@ def draw(rows: Sequence[Row], title: str) -> bytes:
         },
     )
     axes[1, 1].set(title="noise against signal", ylabel="ratio of Frobenius norms")
-    for axis in axes.flat:
+    if len(rows) == 1 and rows[0].overlap is None:
+        leave_out(axes[1, 0], "there is one expert")
+    if not any(row.total_noise for row in rows):
+        leave_out(axes[1, 1], "there was no noise")
+    for axis in (one for one in axes.flat if one.get_lines()):
         axis.grid(color="0.9", lw=0.6)
         axis.spines[["top", "right"]].set_visible(False)
         # Ranks leave room under their bound; elsewhere the best place is found.
         place = {"loc": "upper right", "bbox_to_anchor": (1, 0.9)} if axis is axes[0, 1] else {"loc": "best"}
         axis.legend(framealpha=0.85, edgecolor="none", **place)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=150)
-    return buffer.getvalue()
+    return figure
 
 
 def draw_curves(axis: Any, experts: Sequence[int], curves: dict[str, Sequence[float | None]]) -> None:
@@ -74,10 +75,19 @@ def draw_curves(axis: Any, experts: Sequence[int], curves: dict[str, Sequence[fl
     axis.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
 
 
+def leave_out(axis: Any, reason: str) -> None:
+    """A panel without anything to show says why."""
+    for line in axis.get_lines():
+        line.remove()
+    axis.set(xticks=[], yticks=[], xlabel="", ylabel="")
+    axis.spines[:].set_visible(False)
+    axis.text(0.5, 0.5, reason, transform=axis.transAxes, ha="center", color="0.4")
+
+
 def draw_spectra(axis: Any, rows: Sequence[Row]) -> None:
     """Singular values of the total update after every expert, the later the darker."""
     for position, row in enumerate(rows):
-        part = position / max(1, len(rows) - 1)
+        part = position / (len(rows) - 1) if len(rows) > 1 else 1.0
         ends = position in (0, len(rows) - 1)
         values = [value for value in row.singular_values if value > 1e-6 * row.singular_values[0]]
         axis.plot(

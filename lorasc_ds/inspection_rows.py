@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from statistics import fmean
 from typing import Any
 
-from lorasc_ds.algorithm.experts import Pair, delta_inner_products, delta_statistics
+from lorasc_ds.algorithm.experts import Pair, delta_inner_products, delta_statistics, noise_norm
 from lorasc_ds.algorithm.ledger import Ledger, read_pair
 from lorasc_ds.algorithm.spectrum import LowRankSum, ranks, subspace_overlap
 
@@ -73,8 +73,7 @@ def inspect_weight(ledger: Ledger, name: str, files: dict[int, Any], shown: Sequ
         shape = (pair.B.shape[0], pair.A.shape[1])
         waiting.append(pair)
         rank_sum += len(pair.A)
-        width = ledger.experts[index - 1].noise_scale[name]
-        noise = width * math.sqrt(shape[0] * shape[1] / 12)  # of uniform numbers that are `width` wide
+        noise = noise_norm(ledger.experts[index - 1].noise_scale[name], shape)
         noise_squares += noise * noise
         if index in shown:
             total = total or LowRankSum.zero(*shape)

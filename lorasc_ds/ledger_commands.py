@@ -24,14 +24,18 @@ def check_run(directory: Path) -> None:
 def inspect(arguments: Sequence[str]) -> int:
     """`launch/inspect_ledger.py`. Returns 0 whole, 2 the command line, 4 damaged, 130 Ctrl-C, 1 a bug."""
     parser = Parser(
-        description="Check a run's ledger and measure its experts: ranks, overlaps, noise.", allow_abbrev=False
+        description="Check a run's ledger and measure its experts: ranks, overlaps, noise; draw these and its curves.",
+        allow_abbrev=False,
     )
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="directory of a run, or a ledger's own")
     parser.add_argument("--experts", type=int, metavar="K", help="measure the first K experts (default: all)")
     parser.add_argument("--base", metavar="MODEL", help="pretrained model (default: the ledger's, if it can be read)")
     parser.add_argument("--per_weight", action="store_true", help="print a table for every weight, too")
     parser.add_argument(
-        "--output_dir", type=Path, metavar="DIR", help="for inspection.json and inspection.png (default: RUN_DIR)"
+        "--output_dir",
+        type=Path,
+        metavar="DIR",
+        help="for inspection.json, its figure, and the run's curves (default: RUN_DIR)",
     )
 
     def work() -> None:

@@ -29,6 +29,8 @@ def train(
     cascade, selection, patience, steps = trainer.cascade, trainer.selection, trainer.patience, safe_points.steps
     tracker.say(f"engine    {trainer.engine.name}, merges {trainer.backend.merge_path}")
     tracker.learning_rates(trainer.learning_rates)
+    if tracker.signs.not_judged:
+        tracker.say(f"signs     not judged: {tracker.signs.not_judged}")
 
     def keep_examples() -> None:
         """Those of the weights that would ship, as far as is known."""
@@ -116,7 +118,7 @@ def count(tracker: Tracker, training: TrainingConfig, learning_rate: float, repo
             " training.non_finite skip"
         )
     tracker.left_out(report, reason)
-    if tracker.skipped > training.max_skipped_steps:
+    if tracker.totals.skipped > training.max_skipped_steps:
         raise DivergedError(
             f"{reason}; more than training.max_skipped_steps {training.max_skipped_steps} steps were left out: lower"
             " training.learning_rate or look at the data"
@@ -146,14 +148,16 @@ def ship(trainer: Trainer, tracker: Tracker, directory: Path) -> dict[str, Any]:
         "stopped_early": steps if steps < plan.steps else None,
         "global_batch": config.training.batch_size,
         "learning_rates": trainer.learning_rates,
-        "skipped_steps": tracker.skipped,
-        "unreadable": tracker.unreadable,
+        "skipped_steps": tracker.totals.skipped,
+        "unreadable": tracker.totals.unreadable,
+        "warnings": tracker.signs.told,
+        "not_judged": tracker.signs.not_judged,
         **({"auto": tracker.choosing(preparation.auto_examples)} if preparation.method.candidates else {}),
         "slow_retention": preparation.asked("slow_retention"),
         "noise_intensity": preparation.asked("noise_intensity"),
         "eval": selection.scores or tracker.after,
         "eval_before": tracker.before,
-        "timing": tracker.timing() | {"peak_memory_bytes": peak_memory(trainer.processes.device)},
+        "timing": tracker.totals.timing(tracker.counted) | {"peak_memory_bytes": peak_memory(trainer.processes.device)},
         "base_sha256": trainer.base_sha256,
         "weights_sha256": last_sha256,
         "shipped_sha256": shipped_sha256,

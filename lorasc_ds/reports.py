@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from lorasc_ds.tasks import Scores
+
 
 def shown(metric: str, value: float) -> str:
     """A score as people read it: losses and perplexities as they are, all else in percent."""
@@ -20,6 +22,7 @@ class Opening:
         noise_intensity: λ as used; 0 without noise.
         noise_losses: dev loss of every candidate for λ, where there are several.
         noise_scale: c by name; 0 without noise.
+        noise_norm: expected Frobenius norm of the noise on all adapted weights.
         noise_change: change of the probe's logits by the noise, as `relative_change`.
         pruned: share of the moments' elements that are zero after pruning, read back; None where nothing is pruned.
         choosing_seconds: of `seconds`, spent on candidates; None where there are none.
@@ -29,6 +32,7 @@ class Opening:
     noise_intensity: float
     noise_losses: dict[float, float]
     noise_scale: dict[str, float]
+    noise_norm: float
     noise_change: float | None
     pruned: float | None
     choosing_seconds: float | None
@@ -90,3 +94,18 @@ class StepReport(NamedTuple):
     def finite(self) -> bool:
         """Whether the step could be taken."""
         return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
+
+
+def results_table(before: Scores, after: Scores) -> str:
+    """Every split and metric before and after training."""
+    rows = [
+        (split, metric, shown(metric, before[split][metric]), shown(metric, after[split][metric]))
+        for split in after
+        for metric in after[split]
+    ]
+    head = ("split", "metric", "before", "after")
+    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(4)]
+    lines = [
+        f"  {a:<{widths[0]}}  {b:<{widths[1]}}  {c:>{widths[2]}}  {d:>{widths[3]}}" for a, b, c, d in (head, *rows)
+    ]
+    return "\n".join(lines)

@@ -12,6 +12,7 @@ from lorasc_ds.checkpoint import Checkpoint, Checkpoints, problem_of
 from lorasc_ds.config import STRATEGIES
 from lorasc_ds.errors import CheckpointError, ConfigError
 from lorasc_ds.progress import Progress
+from lorasc_ds.watch import until
 
 
 def roll_back(directory: Path, experts: int) -> str:
@@ -84,6 +85,8 @@ def state_after(newest: Checkpoint, ledger: Ledger, step: int, directory: Path) 
         "boundary_seconds": tracker["boundary_seconds"][:experts],
         "metrics_bytes": bytes_until(directory / "metrics.jsonl", experts),
     }
+    if "signs" in tracker:  # of a run of an earlier version they are not known
+        tracker["signs"] = until(tracker["signs"], step)
     return newest.state | {
         "step": step,
         "phase": "merged",

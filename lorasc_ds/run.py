@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import shlex
 import sys
@@ -18,6 +19,7 @@ from accelerate import Accelerator
 from transformers.utils.logging import disable_progress_bar
 
 from lorasc_ds import models, resuming, run_directory
+from lorasc_ds.backends import Backend
 from lorasc_ds.checkpoint import Checkpoint, Checkpoints, read
 from lorasc_ds.cli import Invocation
 from lorasc_ds.config import Config
@@ -32,6 +34,7 @@ from lorasc_ds.preparation import Preparation, attach_adapters, prepare
 from lorasc_ds.profiling import Profile
 from lorasc_ds.progress import Progress
 from lorasc_ds.recipes import to_yaml
+from lorasc_ds.reports import results_table
 from lorasc_ds.safe_points import SafePoints, restore
 from lorasc_ds.sharding import (
     Launch,
@@ -43,8 +46,11 @@ from lorasc_ds.sharding import (
     start,
 )
 from lorasc_ds.stopping import Stopping
-from lorasc_ds.tracking import Tracker, results_table
+from lorasc_ds.tensorboard import TensorBoard
+from lorasc_ds.tracking import Tracker
 from lorasc_ds.trainer import Trainer
+from lorasc_ds.warning_signs import Setting
+from lorasc_ds.watch import SignWatch
 
 
 def next_commands(directory: Path, config: Config) -> str:
@@ -177,20 +183,48 @@ def choose(invocation: Invocation, preparation: Preparation, launch: Launch, pro
 
 
 def tracker_of(directory: Path, preparation: Preparation, checkpoint: Checkpoint | None, main: bool) -> Tracker:
-    config = preparation.config
+    config, plan, data = preparation.config, preparation.plan, preparation.data
+    settings = run_directory.flatten(config.model_dump(mode="json"))
+    state = None if checkpoint is None else checkpoint.state["tracker"]
+    known: dict[str, str | None] = {}
+    origin = run_directory.origin_of(directory)
+    if checkpoint is not None and not (origin and origin.name == checkpoint.path.name):  # that one is another run's
+        known = checkpoint.state["tracker"].get("backends", {})  # of a run of an earlier version there is none
+    setting = Setting(
+        values=settings,
+        epochs=math.ceil(plan.steps / data.steps_per_epoch),
+        train_examples=data.steps_per_epoch * data.batch_size,
+        dev_examples=len(preparation.splits.get("dev", ())),
+    )
     return Tracker(
         directory,
         task=preparation.task.name,
         headline=preparation.task.headline,
         counted=preparation.task.counted,
-        steps=preparation.plan.steps,
-        steps_per_epoch=preparation.data.steps_per_epoch,
-        experts=preparation.plan.experts,
+        steps=plan.steps,
+        steps_per_epoch=data.steps_per_epoch,
+        experts=plan.experts,
         log_steps=config.tracking.log_steps,
-        tensorboard=config.tracking.tensorboard,
+        signs=SignWatch(
+            setting, steps=plan.steps, steps_per_epoch=data.steps_per_epoch, scored=preparation.evaluation_steps
+        ),
+        tensorboard=(
+            TensorBoard(directory / "tensorboard", None if state is None else state["step"])
+            if config.tracking.tensorboard and main
+            else None
+        ),
+        backends=[
+            Backend(name, config.tracking.project, directory, plain(settings), known.get(name))
+            for name in (config.tracking.backends if main else ())
+        ],
         main=main,
-        resumed=None if checkpoint is None else checkpoint.state["tracker"],
+        resumed=state,
     )
+
+
+def plain(settings: dict[str, Any]) -> dict[str, Any]:
+    """As trackers take them: numbers, booleans and texts."""
+    return {key: v if isinstance(v, bool | int | float) else str(v) for key, v in settings.items()}
 
 
 def carry_out(
@@ -213,7 +247,7 @@ def carry_out(
     stopping.poll(trainer.processes)
     if checkpoint is None:
         progress = Progress()
-        tracker.configuration(to_yaml(invocation.config), run_directory.flatten(config.model_dump(mode="json")))
+        tracker.configuration(to_yaml(config), plain(run_directory.flatten(config.model_dump(mode="json"))))
     else:
         progress = restore(trainer, checkpoint)
         if trainer.processes.main:  # now that nothing can refuse it any more

@@ -86,7 +86,7 @@ class SafePoints:
                 problem = str(error)
             self.rotate()
         problem = self.trainer.processes.share(problem)
-        self.tracker.checkpoint_seconds += time.perf_counter() - began
+        self.tracker.totals.checkpoint_seconds += time.perf_counter() - began
         if problem is None:
             self.failures = 0
             return

@@ -1,29 +1,26 @@
-"""The record of a run: `metrics.jsonl`, TensorBoard, `status.json`, and what a terminal or a log file shows."""
+"""The record of a run: every event goes to `metrics.jsonl`, trackers, `status.json` and the console, as fits."""
 
 from __future__ import annotations
 
 import contextlib
-import json
-import math
-import os
-import sys
-import time
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
+from statistics import fmean
 from types import TracebackType
 from typing import Any
 
-import numpy as np
-from torch.utils.tensorboard import SummaryWriter
-from torch.utils.tensorboard.summary import hparams
-from tqdm import tqdm
-
 from lorasc_ds import run_directory
+from lorasc_ds.backends import Backend
+from lorasc_ds.console import Console
 from lorasc_ds.errors import PreemptedError, RunError
-from lorasc_ds.reports import StepReport, shown
+from lorasc_ds.records import Records
+from lorasc_ds.reports import StepReport
 from lorasc_ds.tasks import Scores
-from lorasc_ds.watch import LossWatch
-
-PLAIN_LINE_SECONDS = 30.0  # between two lines of the loss where there is no terminal
+from lorasc_ds.tensorboard import TensorBoard
+from lorasc_ds.totals import Totals
+from lorasc_ds.warning_signs import Sign
+from lorasc_ds.watch import LossWatch, SignWatch
 
 
 class Tracker:
@@ -38,7 +35,8 @@ class Tracker:
         steps_per_epoch: of them, those of one pass over the training examples.
         experts: experts of the run.
         log_steps: steps between two records of the loss.
-        tensorboard: whether to write `tensorboard/`.
+        signs: what is going wrong.
+        tensorboard, backends: where the curves go; of the main process.
         main: whether this process writes and prints; the others only count.
         resumed: what `state` gave, where the run goes on; None where it begins.
     """
@@ -54,7 +52,9 @@ class Tracker:
         steps_per_epoch: int,
         experts: int,
         log_steps: int,
-        tensorboard: bool,
+        signs: SignWatch,
+        tensorboard: TensorBoard | None = None,
+        backends: Sequence[Backend] = (),
         main: bool = True,
         resumed: dict[str, Any] | None = None,
     ) -> None:
@@ -66,31 +66,22 @@ class Tracker:
         self.experts = experts
         self.log_steps = log_steps
         self.main = main
-        records = directory / "metrics.jsonl" if main else Path(os.devnull)
-        self.metrics = records.open("a", encoding="utf-8")
+        self.records = Records(directory / "metrics.jsonl" if main else None)
         step = 0 if resumed is None else resumed["step"]
-        purge_step = None if resumed is None else step + 1  # what was recorded later happens again
-        self.writer = SummaryWriter(directory / "tensorboard", purge_step=purge_step) if tensorboard and main else None
-        self.bar = tqdm(
-            total=steps, initial=step, unit="step", disable=not (main and sys.stderr.isatty()), dynamic_ncols=True
-        )
+        self.tensorboard = tensorboard
+        self.backends = backends
+        self.console = Console(steps, step, headline, main)
         self.step = step
         self.expert = 0
         self.window: list[StepReport] = []
         self.learning_rate = 0.0
         self.lr_ratios = {"pairs": 1.0}
-        self.seconds, self.tokens = 0.0, 0
-        self.boundary_seconds: list[float] = []
-        self.choosing_seconds = 0.0
-        self.checkpoint_seconds = 0.0
-        self.skipped = 0
-        self.unreadable = 0
+        self.totals = Totals() if resumed is None else Totals.of(resumed)
         self.metrics_bytes = 0
         self.before: Scores = {}
         self.after: Scores = {}
         self.watch = LossWatch()
-        self.last_line = time.monotonic()
-        self.headed = False
+        self.signs = signs
         if resumed is not None:
             self.resume(resumed)
         self.status("running", "loading")
@@ -105,12 +96,14 @@ class Tracker:
             if isinstance(error, PreemptedError):
                 self.status("preempted", str(error), error.exit_code)
             elif error is not None:
-                code = error.exit_code if isinstance(error, RunError) else 1
-                self.failed(" ".join(f"{type(error).__name__}: {error}".split()), code)
-            self.metrics.close()
-        self.bar.close()
-        if self.writer is not None:
-            self.writer.close()
+                self.failed(" ".join(f"{type(error).__name__}: {error}".split()), exit_code_of(error))
+            self.records.close()
+        self.console.bar.close()
+        if self.tensorboard is not None:
+            self.tensorboard.close()
+        code = 0 if error is None else exit_code_of(error)
+        for backend in self.backends:
+            backend.end(code)
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps: totals, scores, and how far the records go."""
@@ -120,16 +113,12 @@ class Tracker:
             "learning_rate": self.learning_rate,
             "watched": {"losses": list(self.watch.losses), "high": self.watch.high},
             "window": [one._replace(examples=())._asdict() for one in self.window],
-            "seconds": self.seconds,
-            "tokens": self.tokens,
-            "boundary_seconds": self.boundary_seconds,
-            "choosing_seconds": self.choosing_seconds,
-            "checkpoint_seconds": self.checkpoint_seconds,
-            "skipped": self.skipped,
-            "unreadable": self.unreadable,
+            **asdict(self.totals),
             "before": self.before,
             "after": self.after,
-            "metrics_bytes": self.metrics.tell() if self.main else 0,
+            "signs": self.signs.state(),
+            "backends": {one.name: one.identity for one in self.backends},
+            "metrics_bytes": self.records.bytes,
         }
 
     def resume(self, state: dict[str, Any]) -> None:
@@ -138,12 +127,9 @@ class Tracker:
         self.watch.losses.extend(state["watched"]["losses"])
         self.watch.high = state["watched"]["high"]
         self.window = [StepReport(**one | {"examples": tuple(one["examples"])}) for one in state["window"]]
-        self.seconds, self.tokens = state["seconds"], state["tokens"]
-        self.boundary_seconds = list(state["boundary_seconds"])
-        self.choosing_seconds, self.skipped = state["choosing_seconds"], state["skipped"]
-        self.unreadable = state.get("unreadable", 0)  # of a run of an earlier version there is none
-        self.checkpoint_seconds = state["checkpoint_seconds"]
         self.before, self.after = state["before"], state["after"]
+        if "signs" in state:  # of a run of an earlier version they are not known
+            self.signs.resume(state["signs"])
         self.metrics_bytes = state["metrics_bytes"]
 
     @property
@@ -158,47 +144,44 @@ class Tracker:
         self.status("failed", message, exit_code)
 
     def say(self, line: str) -> None:
-        """A line on stdout, above the progress bar where there is one."""
-        if self.main:
-            with tqdm.external_write_mode(file=sys.stdout):
-                print(line, flush=True)
+        self.console.say(line)
 
     def warn(self, line: str) -> None:
         """A line that is also a record."""
         self.record("warning", {"message": line})
         self.say(f"warning   {line}")
 
+    def tell(self, signs: Iterable[Sign]) -> None:
+        """What is going wrong, each a line and a record."""
+        for sign in signs:
+            line = f"expert {self.expert}, step {self.step}: {sign.message}"
+            self.record("warning", {"sign": sign.name, "message": line})
+            self.say(f"warning   {line}")
+
     def record(self, event: str, values: dict[str, Any]) -> None:
         """One object of `metrics.jsonl`."""
         place = {"event": event, "step": self.step, "expert": self.expert, "epoch": round(self.epoch, 4)}
-        self.metrics.write(json.dumps(without_nan(place | values)) + "\n")
-        self.metrics.flush()
+        self.records.write(place | values)
 
     def scalars(self, values: dict[str, float]) -> None:
-        if self.writer is not None:
-            for tag, value in values.items():
-                self.writer.add_scalar(tag, value, self.step)
+        if self.tensorboard is not None:
+            self.tensorboard.scalars(values, self.step)
+        for problem in [backend.scalars(values, self.step) for backend in self.backends]:
+            if problem is not None:
+                self.warn(problem)
 
     def configuration(self, text: str, settings: dict[str, Any]) -> None:
-        """The resolved configuration as text, and as hyper-parameters of this same TensorBoard run."""
-        if self.writer is None:
-            return
-        self.writer.add_text("config", f"```yaml\n{text}\n```")
-        plain = {key: v if isinstance(v, bool | int | float) else str(v) for key, v in settings.items()}
-        metrics = {f"eval/{self.task}/dev/{metric}": 0.0 for metric in (self.headline, "loss")}
-        assert self.writer.file_writer is not None  # opened by add_text
-        for summary in hparams(plain, metrics):
-            self.writer.file_writer.add_summary(summary)
+        """The resolved configuration, as text and flattened; backends have it from their start."""
+        if self.tensorboard is not None:
+            metrics = [f"eval/{self.task}/dev/{metric}" for metric in (self.headline, "loss")]
+            self.tensorboard.configuration(text, settings, metrics)
 
     def goes_on(self, checkpoint: Path, environment: dict[str, Any]) -> None:
         """The run was taken up again, by this command and with these versions.
 
         What `metrics.jsonl` holds beyond the checkpoint is cut off, since it will happen again.
         """
-        if self.main:
-            self.metrics.seek(0, os.SEEK_END)
-            self.metrics.truncate(min(self.metrics.tell(), self.metrics_bytes))
-            self.metrics.seek(0, os.SEEK_END)
+        self.records.cut(self.metrics_bytes)
         self.record("resumed", {"checkpoint": checkpoint.name, "environment": environment})
 
     def learning_rates(self, rates: dict[str, float]) -> None:
@@ -217,21 +200,23 @@ class Tracker:
         self.learning_rate = learning_rate
         if self.step % self.log_steps == 0:
             self.record_window()
+        self.tell(self.signs.step(self.step, self.expert, step.loss))
 
     def left_out(self, step: StepReport, reason: str) -> None:
         """The step is not taken, since its numbers are not finite."""
         self.count(step)
-        self.skipped += 1
-        self.warn(f"{reason}; left out, number {self.skipped}")
+        self.totals.skipped += 1
+        self.warn(f"{reason}; left out, number {self.totals.skipped}")
+        self.tell(self.signs.step(self.step, self.expert, None))
 
     def count(self, step: StepReport) -> None:
         self.step += 1
-        self.seconds += step.seconds
-        self.tokens += step.tokens
+        self.totals.seconds += step.seconds
+        self.totals.tokens += step.tokens
         for line in step.unreadable:
-            self.unreadable += 1
-            self.warn(f"step {self.step}: {line}; left out, number {self.unreadable}")
-        self.bar.update()
+            self.totals.unreadable += 1
+            self.warn(f"step {self.step}: {line}; left out, number {self.totals.unreadable}")
+        self.console.bar.update()
 
     def record_window(self) -> None:
         """The steps since the last record: means, and the learning rate of the last of them."""
@@ -250,25 +235,25 @@ class Tracker:
         self.scalars({tag: values[key] for key, tag in tags.items()})
         self.scalars({f"train/lr/{role}": self.learning_rate * ratio for role, ratio in self.lr_ratios.items()})
         state = f"loss {values['loss']:.4f}, {values[per_second]:,.0f} {self.counted}/s"
-        self.bar.set_description(f"expert {self.expert}/{self.experts}", refresh=False)
-        self.bar.set_postfix_str(state)
-        if self.bar.disable and time.monotonic() - self.last_line > PLAIN_LINE_SECONDS:
-            self.last_line = time.monotonic()
-            self.say(f"step {self.step}/{self.bar.total}, expert {self.expert}/{self.experts}: {state}")
+        self.console.doing(self.step, f"expert {self.expert}/{self.experts}", state)
 
     def opened(self, expert: int, values: dict[str, Any]) -> None:
         """An expert begins; `values` say what that did, its `seconds` among them."""
         self.expert = expert
-        self.boundary_seconds.append(values["seconds"])
-        self.choosing_seconds += values["choosing_seconds"] or 0.0
+        self.totals.boundary_seconds.append(values["seconds"])
+        self.totals.choosing_seconds += values["choosing_seconds"] or 0.0
+        self.signs.noise = values["noise_norm"]
         self.boundary("open", values)
 
     def closed(self, values: dict[str, Any]) -> None:
         """The expert has been merged."""
         self.record_window()
-        self.boundary_seconds[-1] += values["seconds"]
-        self.choosing_seconds += values["choosing_seconds"] or 0.0
+        self.totals.boundary_seconds[-1] += values["seconds"]
+        self.totals.choosing_seconds += values["choosing_seconds"] or 0.0
+        self.tell(self.signs.closed(self.step, self.expert, values["norm"]))
         self.boundary("close", values)
+        if values["norm"] > 0:
+            self.scalars({"lorasc/close/noise_to_update": self.signs.noise / values["norm"]})
 
     def boundary(self, event: str, values: dict[str, Any]) -> None:
         """Records a boundary; a mapping of values by weight becomes its mean and a histogram.
@@ -282,10 +267,10 @@ class Tracker:
             if key.endswith("_losses"):
                 self.scalars({f"{tag}/{candidate:g}": loss for candidate, loss in value.items()})
             elif isinstance(value, dict):
-                by_weight = np.array(list(value.values()))
-                self.scalars({tag: float(by_weight.mean())})
-                if self.writer is not None:
-                    self.writer.add_histogram(f"{tag}_by_weight", by_weight, self.step)
+                by_weight = list(value.values())
+                self.scalars({tag: fmean(by_weight)})
+                if self.tensorboard is not None:
+                    self.tensorboard.histogram(f"{tag}_by_weight", by_weight, self.step)
             elif value is not None:
                 self.scalars({tag: value})
 
@@ -300,15 +285,9 @@ class Tracker:
                 for metric, value in of_split.items()
             }
         )
-        lost = "dev" if "dev" in scores else list(scores)[-1]
-        if not self.headed:
-            self.headed = True
-            self.say(" | ".join((f"{self.headline:<15}", *(f"{split:>5}" for split in scores), f"{lost} loss")))
-        cells = (
-            f"{shown(self.headline, of_split[self.headline]):>{max(5, len(split))}}"
-            for split, of_split in scores.items()
-        )
-        self.say(" | ".join((f"{when:<15}", *cells, f"{scores[lost]['loss']:8.3f}")))
+        self.console.scored(when, scores)
+        self.tell(self.signs.scored(self.step, scores["dev"]["loss"] if "dev" in scores else None))
+        self.scalars(self.signs.gap(self.step))
 
     def stopped_early(self, steps: int, reason: str) -> None:
         """The run ends before its `steps` optimizer steps."""
@@ -316,40 +295,12 @@ class Tracker:
         self.say(f"stopped   after step {self.step} of {steps}: {reason}")
 
     def choosing(self, examples: int) -> dict[str, float]:
-        """What it cost to choose α and λ on `examples` dev examples, said and returned; `share` is of the training."""
-        share = self.choosing_seconds / (self.seconds + sum(self.boundary_seconds))
-        self.say(
-            f"auto      {self.choosing_seconds:.1f} s to choose on {examples} dev examples, {share:.1%} of the training"
-        )
-        return {"examples": examples, "seconds": self.choosing_seconds, "share": share}
-
-    def timing(self) -> dict[str, Any]:
-        """Seconds of all steps, of each boundary and of all checkpoints, and what was read per second of steps."""
-        return {
-            "train_seconds": self.seconds,
-            "boundary_seconds": self.boundary_seconds,
-            "checkpoint_seconds": self.checkpoint_seconds,
-            f"{self.counted}_per_second": self.tokens / self.seconds,
-        }
+        """What it cost to choose α and λ, said and returned."""
+        cost = self.totals.choosing(examples)
+        spent = f"{cost['seconds']:.1f} s to choose on {examples} dev examples"
+        self.say(f"auto      {spent}, {cost['share']:.1%} of the training")
+        return cost
 
 
-def without_nan(value: Any) -> Any:
-    """JSON has no NaN and no infinity: they become null."""
-    if isinstance(value, dict):
-        return {key: without_nan(item) for key, item in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def results_table(before: Scores, after: Scores) -> str:
-    """Every split and metric before and after training."""
-    rows = [
-        (split, metric, shown(metric, before[split][metric]), shown(metric, after[split][metric]))
-        for split in after
-        for metric in after[split]
-    ]
-    head = ("split", "metric", "before", "after")
-    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(4)]
-    lines = [
-        f"  {a:<{widths[0]}}  {b:<{widths[1]}}  {c:>{widths[2]}}  {d:>{widths[3]}}" for a, b, c, d in (head, *rows)
-    ]
-    return "\n".join(lines)
+def exit_code_of(error: BaseException) -> int:
+    return error.exit_code if isinstance(error, RunError) else 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from lorasc_ds.backends import check_installed
 from lorasc_ds.cli import parse_command_line
 from lorasc_ds.command import ending
 
@@ -21,6 +22,7 @@ def main(arguments: Sequence[str], default_recipe: Path) -> int:
         if isinstance(invocation, str):
             print(invocation)
             return
+        check_installed(invocation.config.tracking.backends)
         from lorasc_ds.stopping import Stopping  # psutil
 
         stopping = Stopping(invocation.output_dir)

@@ -110,6 +110,11 @@ def noise_scale(std: float, noise_intensity: float) -> float:
     return torch.tensor(noise_intensity * std, dtype=torch.float32).item()
 
 
+def noise_norm(noise_scale: float, shape: tuple[int, int]) -> float:
+    """Expected Frobenius norm (root of the mean square) of noise that is uniform over a width of c: c·√(out·in/12)."""
+    return noise_scale * math.sqrt(shape[0] * shape[1] / 12)
+
+
 def gradient_projection(A: Tensor, scaling: float) -> Tensor:
     """LoRA-FA's (AAᵀ)⁻¹/s² (arXiv 2308.03303): the gradient of `B` times it moves W as full fine-tuning would, at best.
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Mapping, Sequence
 from itertools import cycle
 from typing import Any
 
+from lorasc_ds.figure_files import files_of
 from lorasc_ds.study.paper import TABLES
 from lorasc_ds.study.plan import Row, short
 from lorasc_ds.study.records import Record
@@ -28,16 +28,7 @@ def draw(results: Results) -> dict[str, bytes]:
     rates = "training.learning_rate"
     if any(len({dict(one.run.choice).get(rates) for one in cell.every}) > 1 for cell in results.cells.values()):
         figures["over_learning_rate"] = curves_figure(results, rates, by_rate(results, rates))
-    return {f"{name}.{kind}": saved(figure, kind) for name, figure in figures.items() for kind in ("png", "svg")}
-
-
-def saved(figure: Any, kind: str) -> bytes:
-    from matplotlib import rc_context
-
-    buffer = io.BytesIO()
-    with rc_context({"svg.hashsalt": "lorasc", "svg.fonttype": "none"}):  # the same bytes at every call
-        figure.savefig(buffer, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else None)
-    return buffer.getvalue()
+    return files_of(figures)
 
 
 def panels(results: Results, height: float) -> tuple[Any, dict[tuple[str, str], Any]]:

@@ -17,6 +17,7 @@ os.environ["OMP_NUM_THREADS"] = (
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
+from hypothesis import settings
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -30,6 +31,8 @@ from lorasc_ds.trainer import Trainer
 
 ROOT = Path(__file__).parents[1]
 RECIPE = ROOT / "launch" / "recipes" / "quickstart.yaml"
+settings.register_profile("busy", deadline=None)  # others use the machine
+settings.load_profile("busy")
 CASCADE = {"cascade.slow_retention": 0.6, "cascade.noise_intensity": 1.0, "training.learning_rate": 1e-2}
 
 

@@ -81,6 +81,19 @@ def tiny_folder(tiny_llama: LlamaForCausalLM, tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def known(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the tiny LLaVA and the rows of `image_text_model.py`."""
+    import image_text_model
+
+    folder = tmp_path_factory.mktemp("llava")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    image_text_model.write(folder)
+    torch.set_num_threads(threads)
+    return folder
+
+
 @dataclass(frozen=True)
 class Run:
     """A finished run. `closed` holds the adapted weights in use after every boundary."""

@@ -17,6 +17,7 @@ os.environ["OMP_NUM_THREADS"] = (
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
+from hypothesis import settings
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -30,6 +31,9 @@ from lorasc_ds.trainer import Trainer
 
 ROOT = Path(__file__).parents[1]
 RECIPE = ROOT / "launch" / "recipes" / "quickstart.yaml"
+os.fsync = os.fstat  # no test cuts the power, and the disk is waited for thousands of times
+settings.register_profile("busy", deadline=None)  # others use the machine
+settings.load_profile("busy")
 CASCADE = {"cascade.slow_retention": 0.6, "cascade.noise_intensity": 1.0, "training.learning_rate": 1e-2}
 
 
@@ -74,6 +78,19 @@ def tiny_folder(tiny_llama: LlamaForCausalLM, tmp_path: Path) -> Path:
     tiny_llama.save_pretrained(folder)
     tokenizer: PreTrainedTokenizerFast = make_tokenizer()
     tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def known(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the tiny LLaVA and the rows of `image_text_model.py`."""
+    import image_text_model
+
+    folder = tmp_path_factory.mktemp("llava")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    image_text_model.write(folder)
+    torch.set_num_threads(threads)
     return folder
 
 

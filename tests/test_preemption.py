@@ -10,8 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 from conftest import RECIPE, ROOT, base_weights
-from forking import free_port
-from test_processes import ENVIRONMENT
+from test_processes import ENVIRONMENT, with_a_port
 
 from lorasc_ds.algorithm.ledger import Ledger, digest
 from lorasc_ds.models import QUICKSTART_BASE
@@ -36,7 +35,7 @@ STEPS = 120
 
 
 STAGES: list[tuple[list[str], bool]] = [
-    (["deepspeed", "--num_accelerators=2", "--master_port", str(free_port()), "launch/train.py", "--deepspeed", "ds_configs/zero3.json"], True),
+    (["deepspeed", "--num_accelerators=2", "--master_port", "PORT", "launch/train.py", "--deepspeed", "ds_configs/zero3.json"], True),
     (["accelerate", "launch", "launch/train.py"], True),
     (["torchrun", "--standalone", "--nproc_per_node=2", "launch/train.py", "--deepspeed=ds_configs/zero2.json"], True),
     (["torchrun", "--standalone", "--nproc_per_node=2", "--max-restarts=1", "tests/faulty_run.py", "death", "1", "--deepspeed=ds_configs/zero3.json"], False),
@@ -65,7 +64,11 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         log = directory.with_name(f"stage{number}")
         with log.open("w") as file:
             launcher = psutil.Popen(
-                [*command, f"--output_dir={directory}", *SETTINGS], cwd=ROOT, env=environment, stdout=file, stderr=file
+                [*with_a_port(command), f"--output_dir={directory}", *SETTINGS],
+                cwd=ROOT,
+                env=environment,
+                stdout=file,
+                stderr=file,
             )
         if not stopped:
             assert launcher.wait(120) == 0, log.read_text()

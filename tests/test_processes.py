@@ -41,11 +41,16 @@ ENVIRONMENT = os.environ | {
 LAUNCHERS = {
     "torchrun": ["torchrun", "--standalone", "--nproc_per_node=2", "launch/train.py"],
     "torchrun-zero3": ["torchrun", "--standalone", "--nproc_per_node=2", "launch/train.py", "--deepspeed=ds_configs/zero3.json", "--model.dtype=bfloat16"],
-    "accelerate-config_file": ["accelerate", "launch", "--config_file=ds_configs/accelerate/zero2.yaml", "--num_processes=2", f"--main_process_port={free_port()}", "launch/train.py"],
-    "accelerate-use_deepspeed": ["accelerate", "launch", "--use_deepspeed", "--zero_stage=3", "--num_processes=2", f"--main_process_port={free_port()}", "launch/train.py", "--model.dtype=bfloat16"],
-    "deepspeed": ["deepspeed", "--num_accelerators=2", "--master_port", str(free_port()), "launch/train.py", "--deepspeed", "ds_configs/zero1.json"],
+    "accelerate-config_file": ["accelerate", "launch", "--config_file=ds_configs/accelerate/zero2.yaml", "--num_processes=2", "--main_process_port", "PORT", "launch/train.py"],
+    "accelerate-use_deepspeed": ["accelerate", "launch", "--use_deepspeed", "--zero_stage=3", "--num_processes=2", "--main_process_port", "PORT", "launch/train.py", "--model.dtype=bfloat16"],
+    "deepspeed": ["deepspeed", "--num_accelerators=2", "--master_port", "PORT", "launch/train.py", "--deepspeed", "ds_configs/zero1.json"],
     "python-zero3_offload": ["python", "launch/train.py", "--deepspeed=ds_configs/zero3_offload.json", "--training.micro_batch_size=2"],
 }  # fmt: skip
+
+
+def with_a_port(command: list[str]) -> list[str]:
+    """Drawn as it is needed: what was free when the tests were read may be another's by now."""
+    return [str(free_port()) if part == "PORT" else part for part in command]
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +60,7 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[dict[s
     def launch(name: str) -> tuple[dict[str, Any], str]:
         directory = folder / name
         result = subprocess.run(
-            [*LAUNCHERS[name], f"--output_dir={directory}", *SMALL],
+            [*with_a_port(LAUNCHERS[name]), f"--output_dir={directory}", *SMALL],
             cwd=ROOT,
             env=ENVIRONMENT,
             capture_output=True,

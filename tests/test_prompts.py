@@ -114,7 +114,7 @@ def derived(row: dict[str, str]) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(ROWS, st.integers(0, 1))
 def test_templates_on_any_texts(name: str, fields: dict[str, str], label: int) -> None:
     template, verbalisers = TEMPLATES[name]
@@ -126,7 +126,7 @@ def test_templates_on_any_texts(name: str, fields: dict[str, str], label: int) -
     assert example.gold == (1 - label if name == "boolq" else label,), "true is Yes, which stands first"
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(ROWS, st.sampled_from(["cause", "effect"]), st.integers(0, 1))
 def test_copa_on_any_texts(fields: dict[str, str], question: str, label: int) -> None:
     row = fields | {"question": question}
@@ -137,7 +137,7 @@ def test_copa_on_any_texts(fields: dict[str, str], question: str, label: int) ->
     assert example.gold == (label,)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.lists(st.sampled_from(["a.", "@highlight\n", "\n", "@placeholder", " "]), max_size=8).map("".join),
     st.lists(st.sampled_from(["b", "@placeholder", " c "]), max_size=4).map("".join),
@@ -196,7 +196,7 @@ def test_an_answer_that_is_no_entity_is_trained_on_and_never_right(
     assert found["accuracy"] == (chosen in right)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(ROWS, st.lists(TEXT, min_size=1, max_size=3))
 def test_questions_with_an_answer_in_words(fields: dict[str, str], answers: list[str]) -> None:
     row = Row("x:1", {**fields, "answers": {"text": answers}, "answers_spans": {"spans": answers}})

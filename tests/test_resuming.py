@@ -259,7 +259,7 @@ def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_no_truncated_or_flipped_file_is_ever_gone_on_from(kept: Path, data: st.DataObject) -> None:
     """Any one file of the run directory: an older checkpoint is taken, or the run ends with code 4 and a name."""

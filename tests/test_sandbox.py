@@ -80,7 +80,7 @@ def running(word: str) -> list[tuple[int, bytes]]:
 
 
 def until(condition: Callable[[], bool]) -> bool:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 100  # of a busy machine
     while not condition() and time.monotonic() < deadline:
         time.sleep(0.05)
     return condition()

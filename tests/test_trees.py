@@ -38,7 +38,7 @@ def questions(draw: st.DrawFn) -> list[ScoredTokens]:
     return [ScoredTokens(text, draw(st.integers(1, len(text) - 1))) for text in texts]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.lists(questions(), min_size=1, max_size=3), st.booleans(), st.booleans())
 def test_every_scored_token_stands_where_it_is_looked_for(
     made: list[list[ScoredTokens]], share_prefixes: bool, pack: bool

@@ -174,7 +174,7 @@ def git_commit() -> str | None:
 
 
 def processor() -> str:
-    """The CPU's name and what torch uses of it: where both and the versions agree, so do the bits."""
+    """The CPU's name, and what torch uses of it."""
     import torch
 
     file = Path("/proc/cpuinfo")
@@ -183,13 +183,16 @@ def processor() -> str:
 
 
 def environment() -> dict[str, Any]:
-    """What the run is computed by: command, commit, machine, versions."""
+    """What the run is computed by: command, commit, machine, versions. With all of them, its bits are the same."""
+    import torch
+
     return {
         "command": [redacted(argument) for argument in sys.argv],
         "commit": git_commit(),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "processor": processor(),
+        "threads": torch.get_num_threads(),
         "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
     }
 

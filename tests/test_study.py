@@ -108,6 +108,7 @@ def test_runs_that_come_to_the_same_are_one(parsed: Parsed) -> None:
     [
         (("seeds: [0, 1, 2]", "seeds: [0, 0]"), "seeds [0, 0] names one twice"),
         (("seeds: [0, 1, 2]", ""), "seeds: Field required"),
+        (("  one: {}", "  one, two: {}"), "the name 'one, two' has a comma"),
         (("{training.epochs: 1}", "{training.epoch: 1}"), "set: unknown key training.epoch; did you mean training.epoch"),
         (("cascade.slow_retention: [0.5, 0.8]", "cascade.slow_retention: [1.5]"), "one, Slow: cascade.slow_retention is 1.5"),
         (("title: A", "select_by: test/accuracy\ntitle: A"), "select_by is 'test/accuracy': a metric of dev"),

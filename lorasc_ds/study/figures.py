@@ -31,11 +31,16 @@ def draw(results: Results) -> dict[str, bytes]:
 
 def saved(figure: Any, kind: str) -> bytes:
     from matplotlib import rc_context
+    from PIL import Image
 
     buffer = io.BytesIO()
     with rc_context({"svg.hashsalt": "lorasc", "svg.fonttype": "none"}):  # the same bytes at every call
         figure.savefig(buffer, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else None)
-    return buffer.getvalue()
+    if kind == "svg":
+        return buffer.getvalue()
+    small = io.BytesIO()
+    Image.open(buffer).convert("L").quantize(16).save(small, "PNG", optimize=True)
+    return small.getvalue()
 
 
 def panels(results: Results, height: float) -> tuple[Any, dict[tuple[str, str], Any]]:

@@ -15,6 +15,7 @@ from lorasc_ds.study.records import Record
 from lorasc_ds.study.tables import is_plain
 
 DIGITS = 6  # of a score that is kept
+COMPUTING = ("torch", "transformers", "peft", "accelerate", "numpy", "tokenizers")
 DIGESTS = ("ledger_sha256", "weights_sha256")
 SHARE_TOLERANCE, TOLERANCE = 0.05, 0.2  # on another processor: of shares, absolute; of all other scores, relative
 
@@ -39,20 +40,22 @@ def environments_of(records: Sequence[Record]) -> list[tuple[Mapping[str, Any], 
 
 
 def line_of(record: Record, environments: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    return {
+    """Without what a run does not have."""
+    line = {
         "task": record.run.task,
         **asdict(record.run.row),
         "choice": dict(record.run.choice),
         "seed": record.run.seed,
         "digest": record.run.digest,
         "state": record.state,
-        "exit_code": record.exit_code,
-        "message": record.message,
+        "exit_code": record.exit_code or None,
+        "message": record.message or None,
         "dev": rounded(record.dev),
         "scores": rounded(record.scores),
         **(record.facts or {}),
         "environment": environments.index(record.environment) if record.environment else None,
     }
+    return {key: value for key, value in line.items() if value is not None}
 
 
 def rounded(scores: Mapping[str, float] | None) -> dict[str, float] | None:
@@ -64,7 +67,8 @@ def sheet(records: Sequence[Record]) -> Sheet:
 
     def row(one: Mapping[str, Any], runs: int) -> tuple[str, ...]:
         versions = ", ".join(f"{name} {version}" for name, version in (one["packages"] or {}).items())
-        return str(runs), str(one["commit"]), str(one["processor"]), f"Python {one['python']}, {versions}"
+        machine = f"{one['processor']}, threads: {one['threads']}"
+        return str(runs), str(one["commit"]), machine, f"Python {one['python']}, {versions}"
 
     rows = tuple(row(*each) for each in environments_of(records))
     return Sheet("computed by", ("runs", "commit", "processor", "versions"), rows)
@@ -73,8 +77,9 @@ def sheet(records: Sequence[Record]) -> Sheet:
 def disagreements(file: Path, records: Sequence[Record]) -> Iterator[str]:
     """Where runs that are done differ from the same ones of a `results.jsonl`.
 
-    On the same kind of processor and with the same versions the bits have to be the same, by the digests of ledger and
-    weights; else shares within `SHARE_TOLERANCE` and other scores within `TOLERANCE` of the value there.
+    Computed alike, on the same kind of processor with as many threads and the same versions, they have the same bits,
+    by the digests of ledger and weights; else shares have to be within `SHARE_TOLERANCE` of those there, and other
+    scores within `TOLERANCE` of the value.
 
     Raises:
         ConfigError: the file has none of the runs, or cannot be read.
@@ -94,14 +99,20 @@ def disagreements(file: Path, records: Sequence[Record]) -> Iterator[str]:
         yield from (f"{one.run.title}: {text}" for text in differences(one, line, computed))
 
 
+def kind_of(environment: Mapping[str, Any]) -> tuple[Any, ...]:
+    """That of which the bits depend."""
+    packages = environment["packages"] or {}
+    return tuple(environment[key] for key in ("device", "processor", "threads")), tuple(map(packages.get, COMPUTING))
+
+
 def differences(record: Record, line: Mapping[str, Any], computed: Mapping[str, Any]) -> Iterator[str]:
     """
     Args:
         computed: what the line was computed by.
     """
     facts = record.facts or {}
-    if {**(record.environment or {}), "device": facts["device"], "commit": None} == {**computed, "commit": None}:
-        yield from (f"another {key}, on the same kind of processor" for key in DIGESTS if facts[key] != line[key])
+    if kind_of({**(record.environment or {}), "device": facts["device"]}) == kind_of(computed):
+        yield from (f"another {key}, though computed alike" for key in DIGESTS if facts[key] != line[key])
         return
     for name, theirs in {**{f"dev/{metric}": value for metric, value in line["dev"].items()}, **line["scores"]}.items():
         ours, bound = record.score(name), TOLERANCE * abs(theirs) if is_plain(name) else SHARE_TOLERANCE

@@ -18,7 +18,7 @@ from lorasc_ds.study.worker import Job, is_complete
 DIVERGED = 3  # exit code
 State = Literal["done", "failed", "missing"]
 Outcomes = Mapping[str, float]  # example -> its metric
-ENVIRONMENT = ("commit", "python", "processor", "packages")  # what a run is computed by
+ENVIRONMENT = ("commit", "python", "processor", "threads", "packages")  # what a run is computed by
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from lorasc_ds import run_directory
 from lorasc_ds.algorithm.files import write_atomically
 from lorasc_ds.memory import gpu_bytes
 from lorasc_ds.robustness_report import as_markdown, as_text
-from lorasc_ds.study import figures, publishing, records, slurm
+from lorasc_ds.study import figures, hparams, publishing, records, slurm
 from lorasc_ds.study.estimate import estimate
 from lorasc_ds.study.options import StudyOptions
 from lorasc_ds.study.overview import best_sheets, stability_sheets
@@ -92,5 +92,8 @@ def tell(options: StudyOptions, found: Sequence[Record]) -> None:
     write_atomically(folder / "tables.tex", "\n".join(map(latex, every)).encode())
     for name, data in figures.draw(results).items():
         write_atomically(folder / name, data)
+    hparams.write(folder / "tensorboard", results)
     print(as_text(every))
-    print(f"written   {folder}: results.jsonl, tables.md, tables.tex, figures")
+    print(
+        f"written   {folder}: results.jsonl, tables.md, tables.tex, figures; tensorboard --logdir {folder}/tensorboard"
+    )

@@ -112,7 +112,7 @@ def differences(record: Record, line: Mapping[str, Any], computed: Mapping[str, 
     """
     facts = record.facts or {}
     if kind_of({**(record.environment or {}), "device": facts["device"]}) == kind_of(computed):
-        yield from (f"another {key}, though computed alike" for key in DIGESTS if facts[key] != line[key])
+        yield from (f"another {key}, though computed alike" for key in DIGESTS if facts[key] != line.get(key))
         return
     for name, theirs in {**{f"dev/{metric}": value for metric, value in line["dev"].items()}, **line["scores"]}.items():
         ours, bound = record.score(name), TOLERANCE * abs(theirs) if is_plain(name) else SHARE_TOLERANCE

@@ -23,7 +23,7 @@ def estimate(records: Sequence[Record], gpu_memory: int, at_once: int) -> Iterat
         gpu_memory: bytes that the GPU has.
         at_once: runs at a time on this machine.
     """
-    by_digest = {one.run.digest: one for one in records}.values()
+    by_digest = [*{one.run.digest: one for one in records}.values()]
     alike: dict[str, list[Record]] = {}
     for one in by_digest:
         alike.setdefault(cost_of(one.run), []).append(one)
@@ -45,9 +45,9 @@ def estimate(records: Sequence[Record], gpu_memory: int, at_once: int) -> Iterat
         )
     fits = "fits" if most <= (1 - FREE_SHARE) * gpu_memory else "too much"
     yield f"time      about {readable(total)} on one H100, one run after the other, an estimate; benchmarks not counted"
-    if taken:
-        here = (known + unknown * taken / planned) / at_once
-        yield f"          about {readable(here)} here, {at_once} at a time, by the runs that are done"
+    here = f"about {readable((known + unknown * taken / planned) / at_once)}" if taken else "not known"
+    done = sum(one.state == "done" for one in by_digest)
+    yield f"          {here} here, {at_once} at a time, by the {done} runs done"
     yield f"memory    up to {readable_bytes(most)} of {readable_bytes(gpu_memory)} in one process: {fits}"
 
 

@@ -63,7 +63,7 @@ def scores_of(results: Results, record: Record) -> dict[str, str]:
 
 def events(folder: Path, summaries: Sequence[Any]) -> None:
     """A file of events of step 0."""
-    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.compat.proto.event_pb2 import Event  # type: ignore[attr-defined]  # protobuf makes it at import
     from tensorboard.summary.writer.record_writer import RecordWriter
 
     folder.mkdir(parents=True)

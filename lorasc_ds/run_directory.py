@@ -173,13 +173,26 @@ def git_commit() -> str | None:
         return None
 
 
+def processor() -> str:
+    """The CPU's name, and what torch uses of it."""
+    import torch
+
+    file = Path("/proc/cpuinfo")
+    found = re.search(r"^model name\s*:\s*(.+)$", file.read_text() if file.exists() else "", re.MULTILINE)
+    return f"{found[1] if found else platform.processor()}, {torch.backends.cpu.get_cpu_capability()}"
+
+
 def environment() -> dict[str, Any]:
-    """What the run is computed by: command, commit, versions."""
+    """What the run is computed by: command, commit, machine, versions. With all of them, its bits are the same."""
+    import torch
+
     return {
         "command": [redacted(argument) for argument in sys.argv],
         "commit": git_commit(),
         "python": platform.python_version(),
         "platform": platform.platform(),
+        "processor": processor(),
+        "threads": torch.get_num_threads(),
         "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
     }
 

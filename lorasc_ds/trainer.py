@@ -255,7 +255,7 @@ class Trainer:
         # loss, tokens, asked to stop, examples that could not be read
         totals = torch.zeros(4, dtype=torch.float64, device=self.processes.device)
         for number, micro in enumerate(batch.micro_batches, start=1):
-            torch.manual_seed(derived_seed(training.seed, step, micro.first))  # dropout
+            seed_dropout(derived_seed(training.seed, step, micro.first), self.processes.device)
             lower = f"lower training.micro_batch_size{micro.batch.also_lower}, set training.gradient_checkpointing"
             with (
                 self.engine.micro_step(last=number == len(batch.micro_batches)),
@@ -293,6 +293,14 @@ class Trainer:
             directory.mkdir(exist_ok=True)
             note = "training.save_model was false: the ledger and the base model give these weights.\n"
             (directory / "NOT_SAVED.txt").write_text(note)
+
+
+def seed_dropout(seed: int, device: torch.device) -> None:
+    """Seed what is drawn on the device."""
+    if device.type == "cpu":  # torch.manual_seed would queue it, with its stack, for accelerators that are not there
+        torch.default_generator.manual_seed(seed)
+    else:
+        torch.manual_seed(seed)
 
 
 def fuses_adam(device: torch.device) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 import scipy.stats
 from conftest import ROOT
 from PIL import Image
+from study_cases import YAML, good, parse, written
 
 from lorasc_ds.errors import ConfigError
 from lorasc_ds.study import figures, records
@@ -24,55 +26,12 @@ from lorasc_ds.study.study import job_of, read, tell, to_do
 from lorasc_ds.study.tables import latex, sheets
 
 STUDIES = sorted((ROOT / "launch" / "studies").glob("*.yaml"))
-YAML = f"""
-title: A study
-recipe: {ROOT}/launch/recipes/quickstart.yaml
-set: {{training.epochs: 1}}
-tasks:
-  one: {{}}
-  two: {{set: {{task.domain: rotated}}, scores: {{new: new_domain/accuracy, old: old_domain/accuracy}}}}
-strategies:
-  LoRA: {{set: {{cascade.strategy: lora}}}}
-  Slow: {{set: {{cascade.strategy: slow}}, grid: {{cascade.slow_retention: [0.5, 0.8]}}}}
-grid: {{training.learning_rate: [1e-3, 1e-2]}}
-scores: {{new: new_domain/accuracy, old: old_domain/accuracy}}
-seeds: [0, 1, 2]
-"""
 Parsed = Callable[..., StudyOptions]
 
 
 @pytest.fixture
 def parsed(tmp_path: Path) -> Parsed:
-    def parse(*flags: str, text: str = YAML, change: tuple[str, str] = ("", "")) -> StudyOptions:
-        assert change[0] in text
-        (tmp_path / "study.yaml").write_text(text.replace(*change) if change[0] else text)
-        return parse_options([str(tmp_path / "study.yaml"), "--output_dir", str(tmp_path / "out"), *flags])
-
-    return parse
-
-
-def written(options: StudyOptions, score: Callable[[str, str, Any, int], tuple[float, list[float]]]) -> None:
-    """Directories as of finished runs: `score` gives dev accuracy and the test outcomes of (task, row, choice, seed)."""
-    for run in options.runs:
-        directory = options.directory(run)
-        directory.mkdir(parents=True)
-        dev, outcomes = score(run.task, run.row.label, dict(run.choice), run.seed)
-        accuracy = {"accuracy": statistics.fmean(outcomes), "loss": 1.0}
-        summary = {"eval": {"dev": {"accuracy": dev, "loss": 1.0}, "new_domain": accuracy, "old_domain": accuracy}}
-        summary |= dict.fromkeys(("weights_sha256", "shipped_sha256", "steps", "experts", "device", "world_size"), 0)
-        summary |= {"timing": {"train_seconds": 1.0, "peak_memory_bytes": 1}}
-        (directory / "summary.json").write_text(json.dumps(summary))
-        (directory / "status.json").write_text('{"state": "done"}')
-        (directory / "metrics.jsonl").write_text('{"event": "step", "epoch": 1.0, "loss": 0.5}\n')
-        split = {"id": [str(at) for at in range(len(outcomes))], "accuracy": outcomes}
-        (directory / "examples.json").write_text(json.dumps({"new_domain": split, "old_domain": split}))
-
-
-def good(task: str, row: str, choice: Any, seed: int) -> tuple[float, list[float]]:
-    """Dev is for 1e-2 and α = 0.8; Slow is right on 60 to 62 of 100 examples more than LoRA."""
-    dev = 0.5 + 0.1 * (choice["training.learning_rate"] == 0.01) + 0.1 * (choice.get("cascade.slow_retention") == 0.8)
-    right = 90 + seed if row == "Slow" else 30 + seed % 2
-    return dev, [1.0] * right + [0.0] * (100 - right)
+    return partial(parse, tmp_path)
 
 
 def test_a_study_is_every_combination_and_every_run_the_command_that_it_says(parsed: Parsed) -> None:
@@ -108,6 +67,7 @@ def test_runs_that_come_to_the_same_are_one(parsed: Parsed) -> None:
     [
         (("seeds: [0, 1, 2]", "seeds: [0, 0]"), "seeds [0, 0] names one twice"),
         (("seeds: [0, 1, 2]", ""), "seeds: Field required"),
+        (("  one: {}", "  one, two: {}"), "the name 'one, two' has a comma"),
         (("{training.epochs: 1}", "{training.epoch: 1}"), "set: unknown key training.epoch; did you mean training.epoch"),
         (("cascade.slow_retention: [0.5, 0.8]", "cascade.slow_retention: [1.5]"), "one, Slow: cascade.slow_retention is 1.5"),
         (("title: A", "select_by: test/accuracy\ntitle: A"), "select_by is 'test/accuracy': a metric of dev"),

@@ -133,6 +133,21 @@ def kill_run(directory: Path) -> None:
     os.kill(int((directory / ".owner").read_text().split()[1]), signal.SIGKILL)
 
 
+def test_a_part_of_a_mini_study_is_made_again_and_is_the_same(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of Table 1: LoRA, LoRASC, DoRA and its cascade. `study_reference` is what this command writes, but for tables."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    part = ["--tasks=mirrored", "--adapters=LoRA,DoRA", "--rows=plain,+++ Noise Tuning", "--seeds=0", "--at_once=2"]
+    part += ["--training.epochs=2", "--training.learning_rate=1e-2", "--task.test_examples=50"]
+    reference = ROOT / "tests" / "study_reference" / "results.jsonl"
+    mini = str(ROOT / "launch" / "studies" / "table1-mini.yaml")
+    ended = main([mini, "--output_dir", str(tmp_path / "out"), f"--against={reference}", *part])
+    said = capsys.readouterr().out
+    assert ended == 0, said
+    assert "4 runs, 0 done" in said
+
+
 def test_the_plan_says_how_many_runs_how_long_and_how_much_memory(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

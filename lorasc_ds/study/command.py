@@ -9,7 +9,7 @@ from lorasc_ds.study.options import parse_options
 
 
 def main(arguments: Sequence[str]) -> int:
-    """The command line. Returns an exit code as `ending` does, and 1 where runs have failed."""
+    """The command line. Returns an exit code as `ending` does, and 1 where runs have failed or differ."""
     codes = [0]
 
     def work() -> None:

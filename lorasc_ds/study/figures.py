@@ -10,8 +10,7 @@ from typing import Any
 from lorasc_ds.figure_files import files_of
 from lorasc_ds.study.paper import TABLES
 from lorasc_ds.study.plan import Row, short
-from lorasc_ds.study.records import Record
-from lorasc_ds.study.results import LEVEL, Results, score_of, spread
+from lorasc_ds.study.results import LEVEL, RATE, Results, at_every_rate, score_of, spread, values_of
 from lorasc_ds.study.tables import is_plain
 
 STYLES = ("o-", "s--", "^:", "D-.", "v-", "P--", "X:", "*-.")
@@ -25,9 +24,8 @@ def draw(results: Results) -> dict[str, bytes]:
     figures = {"scores": scores_figure(results)}
     for key in dict.fromkeys(row.sweep[0] for row in results.rows if row.sweep):
         figures[f"over_{short(key)}"] = curves_figure(results, key, swept(results, key))
-    rates = "training.learning_rate"
-    if any(len({dict(one.run.choice).get(rates) for one in cell.every}) > 1 for cell in results.cells.values()):
-        figures["over_learning_rate"] = curves_figure(results, rates, by_rate(results, rates))
+    if any(len({dict(one.run.choice).get(RATE) for one in cell.every}) > 1 for cell in results.cells.values()):
+        figures["over_learning_rate"] = curves_figure(results, RATE, by_rate(results))
     return files_of(figures)
 
 
@@ -87,26 +85,16 @@ def swept(results: Results, key: str) -> dict[tuple[str, str], Curves]:
     return dict(found)
 
 
-def by_rate(results: Results, key: str) -> dict[tuple[str, str], Curves]:
+def by_rate(results: Results) -> dict[tuple[str, str], Curves]:
     """Of every panel the values at every learning rate, with the rest of the choice that dev made; rows of no sweep."""
     found: dict[tuple[str, str], dict[str, dict[float, list[float]]]] = {}
     for (task, label), cell in results.cells.items():
         if cell.row.sweep is not None or cell.choice is None:
             continue
-        rest = {one: value for one, value in cell.choice if one != key}
-        points: dict[float, list[Record]] = {}
-        for record in cell.every:
-            choice = dict(record.run.choice)
-            rate = choice.pop(key, None)
-            if choice == rest and rate is not None:
-                points.setdefault(float(rate), []).append(record)
         for name in results.study.scores:
             score = score_of(results.study, task, name)
-            scores = {rate: [one.score(score) for one in ones] for rate, ones in points.items()}
-            whole = {
-                rate: [v for v in values if v is not None] for rate, values in scores.items() if None not in values
-            }
-            found.setdefault((task, name), {})[label] = whole
+            values = {rate: values_of(records, score) for rate, records in at_every_rate(cell).items()}
+            found.setdefault((task, name), {})[label] = {rate: one for rate, one in values.items() if one}
     return dict(found)
 
 

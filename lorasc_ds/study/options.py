@@ -27,6 +27,7 @@ class StudyOptions:
         at_once: runs at a time.
         retry_failed: whether runs that diverged are tried again.
         collect: only make the tables of what is there.
+        against: a `results.jsonl` that the runs have to agree with; None: of none.
         slurm: flags of sbatch; None: run here.
     """
 
@@ -39,6 +40,7 @@ class StudyOptions:
     retry_failed: bool
     dry_run: bool
     collect: bool
+    against: Path | None
     slurm: tuple[str, ...] | None
     gpu_memory: float | None
 
@@ -54,7 +56,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("file", type=Path, metavar="STUDY", help="YAML of the study, as in launch/studies/")
-    add("--output_dir", type=Path, help="runs, tables, figures (default: studies/NAME)")
+    add("--output_dir", type=Path, help="runs, tables, figures (default: results/NAME beside STUDY)")
     add("--at_once", type=int, default=1, metavar="N", help="runs at a time on this machine (default: 1)")
     add("--tasks", metavar="NAME[,NAME]", help="only these of its tasks")
     add("--rows", metavar="NAME[,NAME]", help="only these of its strategies")
@@ -62,6 +64,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--seeds", metavar="N[,N]", help="these in place of its seeds")
     add("--retry_failed", action="store_true", help="try runs again that diverged; others that failed are in any case")
     add("--collect", action="store_true", help="carry out nothing; tables and figures of what is there")
+    add("--against", type=Path, metavar="RESULTS", help="a results.jsonl with which the same runs have to agree")
     add("--dry_run", action="store_true", help="number of runs, hours, GPU memory; carry out nothing")
     add("--gpu_memory", type=float, metavar="GIB", help="with --dry_run: of the GPU (default: the one here, or 80)")
     add(
@@ -95,11 +98,12 @@ def parse_options(arguments: Sequence[str]) -> StudyOptions:
         study=study,
         recipe=recipe,
         runs=expand(study, recipe, overrides),
-        output_dir=options.output_dir or Path("studies") / options.file.stem,
+        output_dir=options.output_dir or options.file.parent / "results" / options.file.stem,
         at_once=options.at_once,
         retry_failed=options.retry_failed,
         dry_run=options.dry_run,
         collect=options.collect,
+        against=options.against,
         slurm=None if options.slurm is None else tuple(options.slurm.split()),
         gpu_memory=options.gpu_memory,
     )

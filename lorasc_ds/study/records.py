@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal
 
-from lorasc_ds.algorithm.files import write_atomically
+from lorasc_ds.algorithm.files import sha256_of_file
 from lorasc_ds.run_directory import state_of
 from lorasc_ds.study.plan import Run
 from lorasc_ds.study.worker import Job, is_complete
@@ -18,6 +18,7 @@ from lorasc_ds.study.worker import Job, is_complete
 DIVERGED = 3  # exit code
 State = Literal["done", "failed", "missing"]
 Outcomes = Mapping[str, float]  # example -> its metric
+ENVIRONMENT = ("commit", "python", "processor", "threads", "packages")  # what a run is computed by
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +29,8 @@ class Record:
         message: why it failed.
         dev: metric -> value on dev: all that selection may see.
         scores: SPLIT/METRIC -> value of what is reported, dev left out.
-        facts: digests, time, memory, commit.
+        facts: digests, time, memory.
+        environment: commit, versions, machine.
     """
 
     run: Run
@@ -39,6 +41,7 @@ class Record:
     dev: Mapping[str, float] | None = None
     scores: Mapping[str, float] | None = None
     facts: Mapping[str, Any] | None = None
+    environment: Mapping[str, Any] | None = None
 
     def score(self, name: str) -> float | None:
         """Of `A` or `A - B`, where each is `SPLIT/METRIC`; dev may be reported, too."""
@@ -64,7 +67,10 @@ def read(run: Run, job: Job) -> Record:
     )
     if whole:
         summary = json.loads((directory / "summary.json").read_text())
-        return Record(run, job, "done", 0, "", summary["eval"]["dev"], scores_of(job, summary), facts_of(job, summary))
+        found = content_of(directory / "environment.json")
+        environment = {key: found.get(key) for key in ENVIRONMENT}
+        dev, scores, facts = summary["eval"]["dev"], scores_of(job, summary), facts_of(job, summary)
+        return Record(run, job, "done", 0, "", dev, scores, facts, environment)
     status = content_of(directory / "status.json")
     if ended.get("exit_code"):
         return Record(run, job, "failed", ended["exit_code"], ended["message"])
@@ -108,18 +114,16 @@ def training_loss(directory: Path) -> dict[str, float]:
 
 
 def facts_of(job: Job, summary: Mapping[str, Any]) -> dict[str, Any]:
-    environment, timing = content_of(job.directory / "environment.json"), summary["timing"]
+    ledger, timing = job.directory / "ledger" / "ledger.json", summary["timing"]
     return {
         "weights_sha256": summary["weights_sha256"],
-        "shipped_sha256": summary["shipped_sha256"],
+        "ledger_sha256": sha256_of_file(ledger) if ledger.exists() else None,
         "steps": summary["steps"],
         "experts": summary["experts"],
         "device": summary["device"],
         "world_size": summary["world_size"],
         "seconds": content_of(job.directory.with_suffix(".json")).get("seconds", timing["train_seconds"]),
         "peak_memory_bytes": timing["peak_memory_bytes"],
-        "commit": environment.get("commit"),
-        "packages": environment.get("packages"),
     }
 
 
@@ -136,27 +140,3 @@ def of_evaluation(file: Path, task: str, split: str, metric: str) -> Outcomes | 
     rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     mine = [row for row in rows if (row["task"], row.get("split")) == (task, split) and metric in row["metrics"]]
     return {row["id"]: row["metrics"][metric] for row in mine} or None
-
-
-def write(file: Path, title: str, records: Iterable[Record]) -> None:
-    """`results.jsonl`: a line for every run, in the order of the plan."""
-    lines = []
-    for one in records:
-        content = {
-            "study": title,
-            "task": one.run.task,
-            **asdict(one.run.row),
-            "choice": dict(one.run.choice),
-            "seed": one.run.seed,
-            "digest": one.run.digest,
-            "directory": one.job.directory.name,
-            "flags": list(one.run.flags),
-            "state": one.state,
-            "exit_code": one.exit_code,
-            "message": one.message,
-            "dev": one.dev,
-            "scores": one.scores,
-            **(one.facts or {}),
-        }
-        lines.append(json.dumps(content, ensure_ascii=False) + "\n")
-    write_atomically(file, "".join(lines).encode())

@@ -13,6 +13,7 @@ from lorasc_ds.study.statistics import Comparison, compare, holm
 from lorasc_ds.study.study_config import StudyConfig
 
 LEVEL = 0.05
+RATE = "training.learning_rate"
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,8 +34,11 @@ class Cell:
 
     def values(self, score: str) -> list[float]:
         """Of the chosen runs, by seed; [] where one does not have it."""
-        found = [record.score(score) for record in self.chosen]
-        return [value for value in found if value is not None] if None not in found else []
+        return values_of(self.chosen, score)
+
+    def dev(self, metric: str) -> list[float]:
+        """Of the chosen runs, by seed."""
+        return [record.dev[metric] for record in self.chosen if record.dev is not None]
 
     def count(self, state: str) -> int:
         return sum(record.state == state for record in self.every)
@@ -70,6 +74,11 @@ def score_of(study: StudyConfig, task: str, name: str) -> str:
     return (study.tasks[task].scores or study.scores)[name]
 
 
+def metric_of(study: StudyConfig, task: str) -> str:
+    """That on dev which chooses."""
+    return (study.tasks[task].select_by or study.select_by).removeprefix("dev/")
+
+
 def results_of(study: StudyConfig, records: Sequence[Record]) -> Results:
     rows = tuple(row for row in rows_of(study) if any(record.run.row == row for record in records))
     cells = {
@@ -94,7 +103,7 @@ def cell_of(study: StudyConfig, task: str, row: Row, records: Sequence[Record]) 
     points: dict[Choice, list[Record]] = {}
     for record in records:
         points.setdefault(record.run.choice, []).append(record)
-    metric = (study.tasks[task].select_by or study.select_by).removeprefix("dev/")
+    metric = metric_of(study, task)
     choice = choose({point: [one.dev for one in ones] for point, ones in points.items()}, metric)
     return Cell(task, row, choice, tuple(points[choice]) if choice is not None else (), tuple(records))
 
@@ -105,6 +114,23 @@ def against(cell: Cell, baseline: Cell, score: str) -> Comparison | None:
     if not ours or not theirs:
         return None
     return compare(ours, theirs, *([one.outcomes(score) for one in each.chosen] for each in (cell, baseline)))
+
+
+def values_of(records: Iterable[Record], score: str) -> list[float]:
+    """Of every run; [] where one does not have it."""
+    found = [record.score(score) for record in records]
+    return [value for value in found if value is not None] if None not in found else []
+
+
+def at_every_rate(cell: Cell) -> dict[float, list[Record]]:
+    """The runs at every learning rate of the grid, by seed, with the rest of the choice as dev made it."""
+    rest = dict(cell.choice or ()) | {RATE: None}
+    found: dict[float, list[Record]] = {}
+    for record in cell.every:
+        choice = dict(record.run.choice)
+        if RATE in choice and cell.choice is not None and choice | {RATE: None} == rest:
+            found.setdefault(float(choice[RATE]), []).append(record)
+    return found
 
 
 def spread(values: Iterable[float]) -> tuple[float, float | None]:

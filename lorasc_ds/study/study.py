@@ -10,9 +10,10 @@ from lorasc_ds import run_directory
 from lorasc_ds.algorithm.files import write_atomically
 from lorasc_ds.memory import gpu_bytes
 from lorasc_ds.robustness_report import as_markdown, as_text
-from lorasc_ds.study import figures, records, slurm
+from lorasc_ds.study import figures, hparams, publishing, records, slurm
 from lorasc_ds.study.estimate import estimate
 from lorasc_ds.study.options import StudyOptions
+from lorasc_ds.study.overview import best_sheets, stability_sheets
 from lorasc_ds.study.plan import Run, text_of
 from lorasc_ds.study.records import DIVERGED, Record
 from lorasc_ds.study.results import results_of
@@ -22,7 +23,7 @@ from lorasc_ds.study.worker import carry_out as run_jobs
 
 
 def carry_out(options: StudyOptions) -> int:
-    """Do what the command line asks for. Returns 0, or 1 where runs failed.
+    """Do what the command line asks for. Returns 0, or 1 where runs failed or are not what they have to be.
 
     Raises:
         ConfigError: the directory cannot be used, or Slurm refuses.
@@ -33,7 +34,7 @@ def carry_out(options: StudyOptions) -> int:
     done = sum(state == "done" for state in states.values())
     print(f"study     {options.study.title}: {len(states)} runs, {done} done", flush=True)
     if options.dry_run:
-        print("\n".join(estimate(found, gpu_bytes(options.gpu_memory))))
+        print("\n".join(estimate(found, gpu_bytes(options.gpu_memory), options.at_once)))
         return 0
     options.output_dir.mkdir(parents=True, exist_ok=True)
     if options.slurm is not None:
@@ -44,7 +45,9 @@ def carry_out(options: StudyOptions) -> int:
             run_here(jobs, {options.directory(run): run for run in options.runs}, options.at_once)
         found = read(options)
     tell(options, found)
-    return int(any(one.state == "failed" for one in found))
+    wrong = [] if options.against is None else [*publishing.disagreements(options.against, found)]
+    print("".join(f"differs   {line}\n" for line in wrong), end="")
+    return int(bool(wrong) or any(one.state == "failed" for one in found))
 
 
 def read(options: StudyOptions) -> list[Record]:
@@ -81,13 +84,16 @@ def run_here(jobs: Sequence[Job], runs: Mapping[Path, Run], at_once: int) -> Non
 
 
 def tell(options: StudyOptions, found: Sequence[Record]) -> None:
-    """Write `results.jsonl`, `tables.md`, `tables.tex` and the figures, and print the tables."""
+    """Write what the runs came to, tables and figures, and print the tables."""
     results, folder = results_of(options.study, found), options.output_dir
-    every = sheets(results)
-    records.write(folder / "results.jsonl", options.study.title, found)
-    write_atomically(folder / "tables.md", as_markdown(every).encode())
+    every = [*sheets(results), *best_sheets(results), *stability_sheets(results)]
+    publishing.publish(folder, options.study.title, found)
+    write_atomically(folder / "tables.md", as_markdown([*every, publishing.sheet(found)]).encode())
     write_atomically(folder / "tables.tex", "\n".join(map(latex, every)).encode())
     for name, data in figures.draw(results).items():
         write_atomically(folder / name, data)
+    hparams.write(folder / "tensorboard", results)
     print(as_text(every))
-    print(f"written   {folder}: results.jsonl, tables.md, tables.tex, figures")
+    print(
+        f"written   {folder}: results.jsonl, tables.md, tables.tex, figures; tensorboard --logdir {folder}/tensorboard"
+    )

@@ -85,6 +85,9 @@ class StudyConfig(Section):
                     f"tasks.{name}.scores names {', '.join(task.scores)}: the study's names are needed,"
                     f" {', '.join(self.scores)}"
                 )
+        for name in (*self.tasks, *self.adapters, *self.strategies):
+            if "," in name:  # of the command line's lists
+                raise ValueError(f"the name {name!r} has a comma: write it without")
         for name, strategy in self.strategies.items():
             for adapter in strategy.adapters or ():
                 if adapter not in self.adapters:

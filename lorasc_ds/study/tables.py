@@ -8,7 +8,7 @@ from dataclasses import replace
 from lorasc_ds.robustness_report import Sheet
 from lorasc_ds.study.paper import TABLES, Quoted
 from lorasc_ds.study.plan import Choice, Row, baseline_of, short, text_of
-from lorasc_ds.study.results import LEVEL, Cell, Results, score_of, spread
+from lorasc_ds.study.results import LEVEL, Cell, Results, metric_of, score_of, spread
 from lorasc_ds.study.statistics import TEST
 
 PLAIN_NUMBERS = {"loss", "perplexity", "mce", "ledger"}  # in the names of scores that are no shares
@@ -113,22 +113,25 @@ def difference_sheets(results: Results) -> list[Sheet]:
     if not results.tested:
         return []
 
-    def text(task: str, row: Row, name: str) -> str:
-        tested = results.tested.get((task, row.label, name))
-        if tested is None:
-            return "-"
-        difference = number(score_of(results.study, task, name), tested.comparison.difference, "+")
-        only = " (seeds)" if tested.comparison.p_examples is None else ""
-        return f"{difference}, p {tested.p:.2g}{only}"
-
     found = []
     for title, columns in columns_of(results):
         rows = [row for row in results.rows if row != baseline_of(results.rows, row)]
-        cells = [(row.label, *(text(task, row, name) for _, task, name in columns)) for row in rows]
+        cells = [
+            (row.label, *(difference_text(results, task, row.label, name) for _, task, name in columns)) for row in rows
+        ]
         head = ("method", *(column for column, _, _ in columns))
         notes = (TEST, "(seeds): a score that is no mean over examples, tested over the seeds alone")
         found.append(Sheet(f"differences to {results.rows[0].label}, {title}", head, tuple(cells), notes))
     return found
+
+
+def difference_text(results: Results, task: str, label: str, name: str) -> str:
+    tested = results.tested.get((task, label, name))
+    if tested is None:
+        return "-"
+    difference = number(score_of(results.study, task, name), tested.comparison.difference, "+")
+    only = " (seeds)" if tested.comparison.p_examples is None else ""
+    return f"{difference}, p {tested.p:.2g}{only}"
 
 
 def choice_sheet(results: Results) -> Sheet:
@@ -138,9 +141,8 @@ def choice_sheet(results: Results) -> Sheet:
     def text(cell: Cell, task: str) -> str:
         if cell.choice is None:
             return "-"
-        metric = (study.tasks[task].select_by or study.select_by).removeprefix("dev/")
-        values = [record.dev[metric] for record in cell.chosen if record.dev is not None]
-        return f"{choice_text(cell.choice)} (dev {spread_text(metric, values)})".strip()
+        metric = metric_of(results.study, task)
+        return f"{choice_text(cell.choice)} (dev {spread_text(metric, cell.dev(metric))})".strip()
 
     rows = [(row.label, *(text(results.cells[task, row.label], task) for task in study.tasks)) for row in results.rows]
     notes = ("a point of the grid with a run that failed is not chosen",)

@@ -1,0 +1,219 @@
+"""What a study says across its tasks, what is kept of it, and what TensorBoard reads, against hand-made results."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from study_cases import good, parse, written
+from tensorboard import context
+from tensorboard.backend.event_processing import data_provider, plugin_event_multiplexer
+from tensorboard.plugins import base_plugin
+from tensorboard.plugins.hparams import api_pb2, backend_context, get_experiment, list_session_groups
+
+from lorasc_ds.errors import ConfigError
+from lorasc_ds.study import hparams
+from lorasc_ds.study.estimate import estimate
+from lorasc_ds.study.options import StudyOptions
+from lorasc_ds.study.overview import best_sheets, stability_sheets
+from lorasc_ds.study.publishing import disagreements, environments_of, publish
+from lorasc_ds.study.records import Record
+from lorasc_ds.study.results import results_of
+from lorasc_ds.study.study import carry_out, read
+
+Parsed = Callable[..., StudyOptions]
+MACHINE = {"commit": "c", "python": "3", "processor": "a CPU", "threads": 1, "packages": {"torch": "2"}}
+
+
+@pytest.fixture
+def parsed(tmp_path: Path) -> Parsed:
+    return partial(parse, tmp_path)
+
+
+def uneven(task: str, row: str, choice: Any, seed: int) -> tuple[float, list[float]]:
+    """Right of 10 at 1e-3 and 1e-2: LoRA 2 and 8, Slow 5 and 6 or 7 by seed. Dev is for LoRA on one, for Slow on two."""
+    high = choice["training.learning_rate"] == 0.01
+    dev = (
+        0.1 * high
+        + 0.5 * (row == ("LoRA" if task == "one" else "Slow"))
+        - 0.05 * choice.get("cascade.slow_retention", 0)
+    )
+    right = (8 if high else 2) if row == "LoRA" else 6 + seed % 2 if high else 5
+    return dev, [1.0] * right + [0.0] * (10 - right)
+
+
+def test_stability_is_the_mean_over_the_rates_that_all_have_tried_and_the_worst(parsed: Parsed) -> None:
+    options = parsed(
+        change=(
+            "cascade.strategy: lora}}",
+            "cascade.strategy: lora}, grid: {training.learning_rate: [1e-3, 1e-2, 0.1]}}",
+        )
+    )
+    written(options, uneven)
+    new, _ = stability_sheets(results_of(options.study, read(options)))
+    assert [row[:2] for row in new.rows] == [("LoRA", "50.0 ± 0.0 (worst 20.0)"), ("Slow", "56.7 ± 2.9 (worst 50.0)")]
+    assert "one: 0.001, 0.01; two: 0.001, 0.01" in new.notes[0]
+
+
+def test_stability_marks_what_differs_at_every_seed_and_example(parsed: Parsed) -> None:
+    options = parsed()
+    written(options, good)  # 90 to 92 of 100 against 30 and 31
+    new, _ = stability_sheets(results_of(options.study, read(options)))
+    assert new.rows[1][1] == "91.0 ± 1.0 (worst 91.0) ↑"
+
+
+def test_stability_does_not_average_a_failed_run_away(parsed: Parsed) -> None:
+    options = parsed()
+    written(options, uneven)
+    found = [
+        replace(one, state="failed", scores=None, dev=None)
+        if one.run.title == "one: LoRA, learning_rate 0.001, seed 1"
+        else one
+        for one in read(options)
+    ]
+    new, _ = stability_sheets(results_of(options.study, found))
+    assert new.rows[0][1:] == ("failed 1/6", "50.0 ± 0.0 (worst 20.0)")
+    assert "↑" not in new.rows[1][1]
+
+
+def test_the_best_method_of_a_task_is_dev_s_whatever_test_says(parsed: Parsed) -> None:
+    options = parsed()
+    written(options, uneven)
+    (sheet,) = best_sheets(results_of(options.study, read(options)))
+    assert sheet.head == ("task", "best by dev", "best but LoRA", "its new", "its old")
+    one, two = sheet.rows
+    assert one[:3] == ("one", "LoRA (60.0 ± 0.0)", "Slow (7.5 ± 0.0)")
+    assert two[:3] == ("two", "Slow (57.5 ± 0.0)", "Slow (57.5 ± 0.0)")
+    assert one[3].startswith("-16.7, p "), "63.3 against 80"
+
+
+def computed(options: StudyOptions, **changes: Any) -> list[Record]:
+    return [replace(one, environment=MACHINE | changes) for one in read(options)]
+
+
+def test_what_is_kept_says_by_what_it_was_computed_and_is_small(parsed: Parsed) -> None:
+    options = parsed()
+    written(options, good)
+    found = computed(options)
+    found[0] = replace(found[0], environment=MACHINE | {"commit": "d"}, scores={"new_domain/loss": 1 / 3})
+    assert [runs for _, runs in environments_of(found)] == [1, len(found) - 1]
+    publish(options.output_dir, "A study", found)
+    lines = [json.loads(line) for line in (options.output_dir / "results.jsonl").read_text().splitlines()]
+    kept = json.loads((options.output_dir / "environments.json").read_text())
+    assert [kept["environments"][line["environment"]]["commit"] for line in lines[:2]] == ["d", "c"]
+    assert lines[0]["scores"] == {"new_domain/loss": 0.333333}
+    assert (options.output_dir / "results.jsonl").stat().st_size < 800 * len(found)
+
+
+@pytest.mark.parametrize(
+    ("there", "key", "value", "message"),
+    [
+        ({}, None, None, ""),
+        ({"commit": "d"}, None, None, ""),
+        ({}, "weights_sha256", "f00", "another weights_sha256, though computed alike"),
+        ({}, "ledger_sha256", "f00", "another ledger_sha256, though computed alike"),
+        ({"threads": 2}, "weights_sha256", "f00", ""),
+        ({"processor": "another"}, "new_domain/accuracy", 0.34, ""),
+        ({"processor": "another"}, "new_domain/accuracy", 0.36, "new_domain/accuracy is 0.3, not 0.36 give or take 0.05"),
+        ({"packages": {"torch": "3"}}, "new_domain/loss", 1.2, ""),
+        ({"packages": {"torch": "3"}}, "new_domain/loss", 1.3, "new_domain/loss is 1.0, not 1.3 give or take 0.26"),
+    ],
+)  # fmt: skip
+def test_runs_agree_in_their_bits_where_they_were_computed_alike_and_else_about(
+    parsed: Parsed, there: dict[str, Any], key: str | None, value: Any, message: str
+) -> None:
+    options = parsed("--tasks=one", "--rows=LoRA", "--seeds=0")
+    written(options, good)
+    theirs = computed(options, **there)
+    if key is not None:
+        scores = {**(theirs[0].scores or {}), key: value}
+        facts = {**(theirs[0].facts or {}), key: value}
+        theirs[0] = replace(theirs[0], scores=scores) if "/" in key else replace(theirs[0], facts=facts)
+    publish(options.output_dir, "A study", theirs)
+    found = [*disagreements(options.output_dir / "results.jsonl", computed(options))]
+    assert found == ([f"{theirs[0].run.title}: {message}"] if message else [])
+
+
+def test_nothing_to_compare_with_is_refused(parsed: Parsed, tmp_path: Path) -> None:
+    options = parsed()
+    written(options, good)
+    with pytest.raises(ConfigError, match="--against"):
+        [*disagreements(tmp_path / "none.jsonl", read(options))]
+    publish(tmp_path, "A study", [])
+    with pytest.raises(ConfigError, match="none of the runs"):
+        [*disagreements(tmp_path / "results.jsonl", read(options))]
+
+
+def test_a_difference_ends_the_command_with_1(
+    parsed: Parsed, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = parsed("--tasks=one", "--rows=LoRA", "--seeds=0", "--against", str(tmp_path / "there" / "results.jsonl"))
+    written(options, good)
+    (tmp_path / "there").mkdir()
+    publish(tmp_path / "there", "A study", read(options))
+    assert carry_out(options) == 0
+    text = (tmp_path / "there" / "results.jsonl").read_text()
+    (tmp_path / "there" / "results.jsonl").write_text(text.replace('"weights_sha256": 0', '"weights_sha256": 1', 1))
+    assert carry_out(options) == 1
+    assert "differs   one: LoRA, learning_rate 0.001, seed 0: another weights_sha256" in capsys.readouterr().out
+
+
+def test_the_time_here_is_that_of_the_runs_that_are_done(parsed: Parsed) -> None:
+    """Each took 60 s; 36 runs less 18, two at a time, with those of a kind that none is of."""
+    options = parsed("--tasks=one", change=("grid: {training", "sweep: {training.epochs: [1, 2]}\ngrid: {training"))
+    half = [one for one in options.runs if one.config.training.epochs == 1]
+    written(replace(options, runs=tuple(half)), good)
+    found = [replace(one, facts=one.facts and {**one.facts, "seconds": 60.0}) for one in read(options)]
+    assert sum(one.state == "done" for one in found) == 18
+    (line,) = (line for line in estimate(found, 2**40, at_once=2) if " here, 2 at a time" in line)
+    hours, _, _ = line.strip().removeprefix("about ").partition(" here")
+    seconds = {"s": 1.0, "min": 60.0, "h": 3600.0}
+    number, unit = hours.split()
+    assert 18 * 60 / 2 * 0.99 <= float(number) * seconds[unit] < 2 * 18 * 60 / 2 * 1.01, "longer, and up to twice"
+
+
+def test_tensorboard_shows_every_choice_with_its_mean_over_seeds(parsed: Parsed, tmp_path: Path) -> None:
+    """As its own hparams view reads the files."""
+    options = parsed()
+    written(options, good)
+    hparams.write(tmp_path / "tb", results_of(options.study, read(options)))
+    before = {file: file.read_bytes() for file in (tmp_path / "tb").rglob("events*")}
+    hparams.write(tmp_path / "tb", results_of(options.study, read(options)))
+    assert {file: file.read_bytes() for file in (tmp_path / "tb").rglob("events*")} == before, "the same bytes"
+
+    runs = plugin_event_multiplexer.EventMultiplexer()
+    runs.AddRunsFromDirectory(str(tmp_path / "tb"))
+    runs.Reload()
+    provider = data_provider.MultiplexerDataProvider(runs, str(tmp_path / "tb"))
+    view = backend_context.Context(base_plugin.TBContext(data_provider=provider))
+    request = context.RequestContext(), view, "study"
+    experiment = get_experiment.Handler(*request, api_pb2.GetExperimentRequest()).run()
+    domains = {one.name: [*one.domain_discrete] for one in experiment.hparam_infos}
+    assert domains["learning_rate"] == [0.001, 0.01]
+    assert domains["task"] == ["one", "two"]
+    assert {one.name.tag for one in experiment.metric_infos} == {"dev", "new", "old"}
+    asked = api_pb2.ListSessionGroupsRequest(
+        start_index=0,
+        slice_size=100,
+        aggregation_type=api_pb2.AGGREGATION_AVG,
+        allowed_statuses=[api_pb2.STATUS_UNKNOWN],
+    )
+    groups = list_session_groups.Handler(*request, asked).run().session_groups
+    assert len(groups) == 2 * (2 + 4)
+    assert {len(one.sessions) for one in groups} == {3}
+    (slow,) = (
+        one
+        for one in groups
+        if one.name == "task two, adapter LoRA, strategy Slow, learning_rate 0.01, slow_retention 0.8"
+    )
+    assert {one.name.tag: pytest.approx(one.value) for one in slow.metric_values} == {
+        "dev": 0.7,
+        "new": 0.91,
+        "old": 0.91,
+    }
+    assert slow.hparams["slow_retention"].number_value == 0.8

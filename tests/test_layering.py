@@ -78,6 +78,8 @@ FORBIDDEN = {  # place -> what it must not know
     "study/plan.py": ("torch", "lorasc_ds.algorithm", "lorasc_ds.train", "lorasc_ds.run", "lorasc_ds.sharding"),
     "study/selection.py": ("lorasc_ds.",),  # what it sees is what it is given: dev
     "study/statistics.py": ("lorasc_ds.",),
+    "study/overview.py": ("torch", "lorasc_ds.algorithm", "lorasc_ds.train", "lorasc_ds.run", "lorasc_ds.sharding"),
+    "study/publishing.py": ("torch", "lorasc_ds.train", "lorasc_ds.run", "lorasc_ds.sharding"),
     "cascade.py": (
         "lorasc_ds.run",
         "lorasc_ds.train",

@@ -230,7 +230,21 @@ def test_figures_can_be_read_in_grey_and_are_the_same_at_every_call(parsed: Pars
     "file", [path for path in STUDIES if path.stem not in ("table1", "table4", "figure2")], ids=lambda path: path.stem
 )
 def test_a_shipped_study_is_whole(file: Path) -> None:
-    assert parse_options([str(file)]).runs
+    options = parse_options([str(file)])
+    assert options.runs
+    assert options.output_dir == ROOT / "launch" / "studies" / "results" / file.stem
+    assert len(options.study.seeds) >= (5 if file.stem.endswith("-mini") or "fair" in file.stem else 3)
+
+
+@pytest.mark.parametrize("name", ["fair-benchmark", "fair-benchmark-vit"])
+def test_the_fair_benchmark_tries_the_same_for_every_method_at_every_budget(name: str) -> None:
+    options = parse_options([str(ROOT / "launch" / "studies" / f"{name}.yaml")])
+    tried: dict[tuple[str, str], set[object]] = {}
+    for run in options.runs:
+        tried.setdefault((run.task, run.row.label), set()).add((run.choice, run.seed))
+    assert len({frozenset(points) for points in tried.values()}) == 1
+    assert {key for run in options.runs for key, _ in run.choice} == {"training.learning_rate"}
+    assert len({run.digest for run in options.runs}) == len(options.runs), "no budget is another"
 
 
 @pytest.mark.parametrize(

@@ -160,7 +160,7 @@ class Cluster:
     def run(self, *command: str, cwd: Path | None = None, **variables: str) -> str:
         """What a Slurm command prints; `variables` are added to its environment."""
         result = subprocess.run(
-            command, cwd=cwd, env=self.environment | variables, capture_output=True, text=True, check=False, timeout=60
+            command, cwd=cwd, env=self.environment | variables, capture_output=True, text=True, check=False, timeout=200
         )
         if result.returncode:
             raise RuntimeError(

@@ -14,6 +14,8 @@ import pytest
 from conftest import ROOT
 from slurm_cluster import NODES, PATH, Cluster, missing_programs
 
+pytestmark = pytest.mark.timeout(600)  # the waits have limits of their own
+
 SCRIPT = "launch/slurm/train.sbatch"
 BIN = Path(sys.executable).parent
 

@@ -40,7 +40,7 @@ class Memory:
         copy: of adapted float32 weights, during an evaluation inside an expert.
         activations: an estimate of a micro batch's, or of the logits of an evaluation where those are more.
         buffers: of ZeRO: two reduce buckets, and in ZeRO-3 the weights gathered for a forward or backward pass.
-        gathered: the weight that a boundary with `cascade.merge_path gather` holds whole.
+        gathered: the two weights that a boundary with `cascade.merge_path gather` holds whole.
         host: what stays in host memory.
     """
 
@@ -127,7 +127,7 @@ def sharded_plan(preparation: Preparation, zero: dict[str, Any]) -> Memory:
         copy=edited.copy,
         activations=max(activation_bytes(preparation), evaluation_bytes(preparation)),
         buffers=2 * 4 * zero["reduce_bucket_size"] + passing_bytes(passing, zero, processes),
-        gathered=max(bytes_of([weight]) for weight in adapted) if edits_whole and copies else 0,
+        gathered=2 * max(bytes_of([weight]) for weight in adapted) if edits_whole and copies else 0,
         host=host,
     )
 

@@ -100,9 +100,9 @@ def test_tensorboard_has_one_run_with_every_curve(launched: Launched) -> None:
     tags = events.Tags()
     splits = ("dev", "new_domain", "new_domain_blurred", "new_domain_noisy", "old_domain")
     assert set(tags["scalars"]) == {
-        "train/loss", "train/lr/pairs", "train/grad_norm", "perf/tokens_per_second",
-        *(f"lorasc/open/{key}" for key in ("noise_intensity", "noise_scale", "noise_change", "seconds")),
-        *(f"lorasc/close/{key}" for key in ("slow_retention", "norm", "std", "overlap", "lost", "averaging_change", "drift", "seconds")),
+        "train/loss", "train/dev_gap", "train/lr/pairs", "train/grad_norm", "perf/tokens_per_second",
+        *(f"lorasc/open/{key}" for key in ("noise_intensity", "noise_scale", "noise_norm", "noise_change", "seconds")),
+        *(f"lorasc/close/{key}" for key in ("slow_retention", "norm", "std", "overlap", "lost", "averaging_change", "drift", "noise_to_update", "seconds")),
         *(f"eval/digits/{split}/{metric}" for split in splits for metric in ("accuracy", "loss")),
     }  # fmt: skip
     assert set(tags["histograms"]) == {"lorasc/open/noise_scale_by_weight", "lorasc/close/std_by_weight"}

@@ -141,10 +141,10 @@ def test_gathered_edits_are_rank_0_s(tiny_folder: Path) -> None:
     preparation = tiny(tiny_folder, "--model.dtype=bfloat16", "--cascade.merge_path=gather", processes=5)
     for zero in (ZERO3, OFFLOAD):
         plan = memory_plan(preparation, zero)
-        assert (plan.gathered, plan.accumulators) == (2 * 576, 4 * ADAPTED)
+        assert (plan.gathered, plan.accumulators) == (2 * 2 * 576, 4 * ADAPTED)
     assert memory_plan(preparation, {}).gathered == 0
     alone = tiny(tiny_folder, "--cascade.merge_path=gather")
-    assert (memory_plan(alone, ZERO3).gathered, memory_plan(alone, OFFLOAD).gathered) == (0, 4 * 576)
+    assert (memory_plan(alone, ZERO3).gathered, memory_plan(alone, OFFLOAD).gathered) == (0, 2 * 4 * 576)
 
 
 def test_copies_for_an_evaluation_inside_an_expert_and_for_a_selection(tiny_folder: Path) -> None:

@@ -227,7 +227,7 @@ def test_what_processes_are_told_is_counted() -> None:
 
 
 BAD = {
-    "unknown row": (["--rows", "C1,C13"], "--rows C1,C13: 'C13' is not one of S1, S2, C1, "),
+    "unknown row": (["--rows", "C1,C13"], "--rows C1,C13: 'C13' is not one of S1, S2, S3, C1, "),
     "no row": (["--rows", ","], "--rows is empty: name one or more of S1"),
     "one turn": (["--repetitions", "1"], "--repetitions is 1: a number from 2 on is needed"),
     "sizes": (["--boundaries", "3x64"], "--boundaries is 3x64: sizes like 64x64"),

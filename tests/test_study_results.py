@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import ROOT
 from study_cases import good, parse, written
 from tensorboard import context
 from tensorboard.backend.event_processing import data_provider, plugin_event_multiplexer
@@ -17,14 +19,16 @@ from tensorboard.plugins import base_plugin
 from tensorboard.plugins.hparams import api_pb2, backend_context, get_experiment, list_session_groups
 
 from lorasc_ds.errors import ConfigError
+from lorasc_ds.robustness_report import as_markdown
 from lorasc_ds.study import hparams
+from lorasc_ds.study.agreement import disagreements
 from lorasc_ds.study.estimate import estimate
-from lorasc_ds.study.options import StudyOptions
+from lorasc_ds.study.options import StudyOptions, parse_options
 from lorasc_ds.study.overview import best_sheets, stability_sheets
-from lorasc_ds.study.publishing import disagreements, environments_of, publish
+from lorasc_ds.study.publishing import computed_by, environments_of, load, publish
 from lorasc_ds.study.records import Record
 from lorasc_ds.study.results import results_of
-from lorasc_ds.study.study import carry_out, read
+from lorasc_ds.study.study import carry_out, read, tables, to_do
 
 Parsed = Callable[..., StudyOptions]
 MACHINE = {"commit": "c", "python": "3", "processor": "a CPU", "threads": 1, "packages": {"torch": "2"}}
@@ -102,12 +106,51 @@ def test_what_is_kept_says_by_what_it_was_computed_and_is_small(parsed: Parsed) 
     found = computed(options)
     found[0] = replace(found[0], environment=MACHINE | {"commit": "d"}, scores={"new_domain/loss": 1 / 3})
     assert [runs for _, runs in environments_of(found)] == [1, len(found) - 1]
-    publish(options.output_dir, "A study", found)
+    publish(options.output_dir, options.study, found)
     lines = [json.loads(line) for line in (options.output_dir / "results.jsonl").read_text().splitlines()]
     kept = json.loads((options.output_dir / "environments.json").read_text())
     assert [kept["environments"][line["environment"]]["commit"] for line in lines[:2]] == ["d", "c"]
     assert lines[0]["scores"] == {"new_domain/loss": 0.333333}
-    assert (options.output_dir / "results.jsonl").stat().st_size < 800 * len(found)
+    assert (options.output_dir / "results.jsonl").stat().st_size < 1100 * len(found), "100 outcomes of 2 scores each"
+
+
+def partial_credit(task: str, row: str, choice: Any, seed: int) -> tuple[float, list[float]]:
+    """As of F1: answers that are right in part."""
+    dev, outcomes = good(task, row, choice, seed)
+    return dev, [one * (at % 7 + 1) / 7 for at, one in enumerate(outcomes)] if task == "one" else outcomes
+
+
+def test_what_is_kept_gives_the_tables_and_figures_again_and_its_runs_need_not_be_carried_out(
+    parsed: Parsed, tmp_path: Path
+) -> None:
+    options = parsed()
+    written(options, partial_credit)
+    failed, missing = options.directory(options.runs[-1]), options.directory(options.runs[0])
+    for directory in (failed, missing):
+        shutil.rmtree(directory)
+    failed.with_suffix(".json").write_text('{"exit_code": 3, "message": "error: loss is nan", "seconds": 1.0}')
+    carry_out(replace(options, collect=True))
+    again = parsed("--collect", "--known", str(options.output_dir / "results.jsonl"))
+    again = replace(again, output_dir=tmp_path / "again")
+    assert carry_out(again) == 1, "one failed"
+    for file in sorted(options.output_dir.glob("*.*")):
+        assert (again.output_dir / file.name).read_bytes() == file.read_bytes(), file.name
+    assert len([*again.output_dir.glob("*.*")]) > 8
+    assert [job.directory.name for job in to_do(again, read(again))] == [missing.name], "what diverged would again"
+    lines = (options.output_dir / "results.jsonl").read_text().splitlines()
+    kept = [json.loads(line).get("outcomes", {}).get("new_domain/accuracy", (0, ""))[1] for line in lines]
+    assert {type(one) for one in kept} == {list, str}
+
+
+PUBLISHED = sorted((ROOT / "launch" / "studies" / "results").glob("*/results.jsonl"))
+
+
+@pytest.mark.parametrize("file", PUBLISHED, ids=[file.parent.name for file in PUBLISHED])
+def test_committed_tables_are_of_the_committed_results_and_none_is_missing(file: Path) -> None:
+    options = parse_options([f"{file.parents[2] / file.parent.name}.yaml", "--known", str(file)])
+    found = read(replace(options, output_dir=file.parent / "nothing is here"))
+    assert {one.state for one in found} == {"done"}
+    assert as_markdown([*tables(options.study, found), computed_by(found)]) == (file.parent / "tables.md").read_text()
 
 
 @pytest.mark.parametrize(
@@ -134,19 +177,19 @@ def test_runs_agree_in_their_bits_where_they_were_computed_alike_and_else_about(
         scores = {**(theirs[0].scores or {}), key: value}
         facts = {**(theirs[0].facts or {}), key: value}
         theirs[0] = replace(theirs[0], scores=scores) if "/" in key else replace(theirs[0], facts=facts)
-    publish(options.output_dir, "A study", theirs)
-    found = [*disagreements(options.output_dir / "results.jsonl", computed(options))]
+    publish(options.output_dir, options.study, theirs)
+    published = load(options.output_dir / "results.jsonl", "--against")
+    found = [*disagreements(published, computed(options))]
     assert found == ([f"{theirs[0].run.title}: {message}"] if message else [])
 
 
 def test_nothing_to_compare_with_is_refused(parsed: Parsed, tmp_path: Path) -> None:
     options = parsed()
     written(options, good)
-    with pytest.raises(ConfigError, match="--against"):
-        [*disagreements(tmp_path / "none.jsonl", read(options))]
-    publish(tmp_path, "A study", [])
+    with pytest.raises(ConfigError, match=r"--against .*none\.jsonl: .*; name a results\.jsonl with its"):
+        load(tmp_path / "none.jsonl", "--against")
     with pytest.raises(ConfigError, match="none of the runs"):
-        [*disagreements(tmp_path / "results.jsonl", read(options))]
+        [*disagreements(publish(tmp_path, options.study, []), read(options))]
 
 
 def test_a_difference_ends_the_command_with_1(
@@ -155,7 +198,7 @@ def test_a_difference_ends_the_command_with_1(
     options = parsed("--tasks=one", "--rows=LoRA", "--seeds=0", "--against", str(tmp_path / "there" / "results.jsonl"))
     written(options, good)
     (tmp_path / "there").mkdir()
-    publish(tmp_path / "there", "A study", read(options))
+    publish(tmp_path / "there", options.study, read(options))
     assert carry_out(options) == 0
     text = (tmp_path / "there" / "results.jsonl").read_text()
     (tmp_path / "there" / "results.jsonl").write_text(text.replace('"weights_sha256": 0', '"weights_sha256": 1', 1))

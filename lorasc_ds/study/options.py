@@ -27,6 +27,7 @@ class StudyOptions:
         at_once: runs at a time.
         retry_failed: whether runs that diverged are tried again.
         collect: only make the tables of what is there.
+        known: a `results.jsonl` whose runs need not be carried out again; None: there is none.
         against: a `results.jsonl` that the runs have to agree with; None: of none.
         slurm: flags of sbatch; None: run here.
     """
@@ -40,6 +41,7 @@ class StudyOptions:
     retry_failed: bool
     dry_run: bool
     collect: bool
+    known: Path | None
     against: Path | None
     slurm: tuple[str, ...] | None
     gpu_memory: float | None
@@ -64,6 +66,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--seeds", metavar="N[,N]", help="these in place of its seeds")
     add("--retry_failed", action="store_true", help="try runs again that diverged; others that failed are in any case")
     add("--collect", action="store_true", help="carry out nothing; tables and figures of what is there")
+    add("--known", type=Path, metavar="RESULTS", help="a results.jsonl whose runs are not carried out again")
     add("--against", type=Path, metavar="RESULTS", help="a results.jsonl with which the same runs have to agree")
     add("--dry_run", action="store_true", help="number of runs, hours, GPU memory; carry out nothing")
     add("--gpu_memory", type=float, metavar="GIB", help="with --dry_run: of the GPU (default: the one here, or 80)")
@@ -103,6 +106,7 @@ def parse_options(arguments: Sequence[str]) -> StudyOptions:
         retry_failed=options.retry_failed,
         dry_run=options.dry_run,
         collect=options.collect,
+        known=options.known,
         against=options.against,
         slurm=None if options.slurm is None else tuple(options.slurm.split()),
         gpu_memory=options.gpu_memory,

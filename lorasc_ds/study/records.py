@@ -1,4 +1,4 @@
-"""What the runs of a study came to, read from their directories: the only truth there is about them."""
+"""What the runs of a study came to, read from their directories."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ class Record:
         scores: SPLIT/METRIC -> value of what is reported, dev left out.
         facts: digests, time, memory.
         environment: commit, versions, machine.
+        kept: score -> its outcomes, where the record was read from a `results.jsonl`.
     """
 
     run: Run
@@ -42,6 +43,7 @@ class Record:
     scores: Mapping[str, float] | None = None
     facts: Mapping[str, Any] | None = None
     environment: Mapping[str, Any] | None = None
+    kept: Mapping[str, Outcomes] | None = None
 
     def score(self, name: str) -> float | None:
         """Of `A` or `A - B`, where each is `SPLIT/METRIC`; dev may be reported, too."""
@@ -52,6 +54,8 @@ class Record:
 
     def outcomes(self, name: str) -> Outcomes | None:
         """The metric of every example by its id; None where it is not one of examples."""
+        if self.kept is not None:
+            return self.kept.get(name)
         *task, split, metric = name.split("/")
         if task:
             return of_evaluation(self.job.evaluation / "records.jsonl", "/".join(task), split, metric)

@@ -9,14 +9,16 @@ from pathlib import Path
 from lorasc_ds import run_directory
 from lorasc_ds.algorithm.files import write_atomically
 from lorasc_ds.memory import gpu_bytes
-from lorasc_ds.robustness_report import as_markdown, as_text
+from lorasc_ds.robustness_report import Sheet, as_markdown, as_text
 from lorasc_ds.study import figures, hparams, publishing, records, slurm
+from lorasc_ds.study.agreement import disagreements
 from lorasc_ds.study.estimate import estimate
 from lorasc_ds.study.options import StudyOptions
 from lorasc_ds.study.overview import best_sheets, stability_sheets
 from lorasc_ds.study.plan import Run, text_of
 from lorasc_ds.study.records import DIVERGED, Record
 from lorasc_ds.study.results import results_of
+from lorasc_ds.study.study_config import StudyConfig
 from lorasc_ds.study.tables import latex, sheets
 from lorasc_ds.study.worker import Job
 from lorasc_ds.study.worker import carry_out as run_jobs
@@ -45,14 +47,18 @@ def carry_out(options: StudyOptions) -> int:
             run_here(jobs, {options.directory(run): run for run in options.runs}, options.at_once)
         found = read(options)
     tell(options, found)
-    wrong = [] if options.against is None else [*publishing.disagreements(options.against, found)]
+    wrong = [] if options.against is None else [*disagreements(publishing.load(options.against, "--against"), found)]
     print("".join(f"differs   {line}\n" for line in wrong), end="")
     return int(bool(wrong) or any(one.state == "failed" for one in found))
 
 
 def read(options: StudyOptions) -> list[Record]:
-    """What is there of every run."""
-    return [records.read(run, job_of(options, run)) for run in options.runs]
+    """What is there of every run, in its directory or else among the known results."""
+    known = None if options.known is None else publishing.load(options.known, "--known")
+    found = [records.read(run, job_of(options, run)) for run in options.runs]
+    if known is None:
+        return found
+    return [known.record(one.run, one.job) if one.state == "missing" else one for one in found]
 
 
 def job_of(options: StudyOptions, run: Run) -> Job:
@@ -84,11 +90,12 @@ def run_here(jobs: Sequence[Job], runs: Mapping[Path, Run], at_once: int) -> Non
 
 
 def tell(options: StudyOptions, found: Sequence[Record]) -> None:
-    """Write what the runs came to, tables and figures, and print the tables."""
-    results, folder = results_of(options.study, found), options.output_dir
-    every = [*sheets(results), *best_sheets(results), *stability_sheets(results)]
-    publishing.publish(folder, options.study.title, found)
-    write_atomically(folder / "tables.md", as_markdown([*every, publishing.sheet(found)]).encode())
+    """Write what the runs came to, tables and figures of what was written, and print the tables."""
+    study, folder = options.study, options.output_dir
+    published = publishing.publish(folder, study, found)
+    kept = [published.record(one.run, one.job) for one in found]
+    results, every = results_of(study, kept), tables(study, kept)
+    write_atomically(folder / "tables.md", as_markdown([*every, publishing.computed_by(kept)]).encode())
     write_atomically(folder / "tables.tex", "\n".join(map(latex, every)).encode())
     for name, data in figures.draw(results).items():
         write_atomically(folder / name, data)
@@ -97,3 +104,8 @@ def tell(options: StudyOptions, found: Sequence[Record]) -> None:
     print(
         f"written   {folder}: results.jsonl, tables.md, tables.tex, figures; tensorboard --logdir {folder}/tensorboard"
     )
+
+
+def tables(study: StudyConfig, found: Sequence[Record]) -> list[Sheet]:
+    results = results_of(study, found)
+    return [*sheets(results), *best_sheets(results), *stability_sheets(results)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from lorasc_ds.robustness_report import Sheet
 from lorasc_ds.study.paper import TABLES, Quoted
@@ -12,8 +13,17 @@ from lorasc_ds.study.results import LEVEL, Cell, Results, metric_of, score_of, s
 from lorasc_ds.study.statistics import TEST
 
 PLAIN_NUMBERS = {"loss", "perplexity", "mce", "ledger"}  # in the names of scores that are no shares
+AT_AN_END = "†"
 LATEX = {"\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "_": r"\_", "#": r"\#", "±": r"$\pm$"}
-LATEX |= {"↑": r"$\uparrow$", "↓": r"$\downarrow$", "α": r"$\alpha$", "λ": r"$\lambda$", "<": "$<$", ">": "$>$"}
+LATEX |= {
+    "†": r"$\dagger$",
+    "↑": r"$\uparrow$",
+    "↓": r"$\downarrow$",
+    "α": r"$\alpha$",
+    "λ": r"$\lambda$",
+    "<": "$<$",
+    ">": "$>$",
+}
 
 
 def sheets(results: Results) -> list[Sheet]:
@@ -142,15 +152,24 @@ def choice_sheet(results: Results) -> Sheet:
         if cell.choice is None:
             return "-"
         metric = metric_of(results.study, task)
-        return f"{choice_text(cell.choice)} (dev {spread_text(metric, cell.dev(metric))})".strip()
+        return f"{choice_text(cell, cell.choice)} (dev {spread_text(metric, cell.dev(metric))})".strip()
 
     rows = [(row.label, *(text(results.cells[task, row.label], task) for task in study.tasks)) for row in results.rows]
-    notes = ("a point of the grid with a run that failed is not chosen",)
-    return Sheet("chosen by dev", ("method", *study.tasks), tuple(rows), notes)
+    notes = [f"{AT_AN_END}: the first or last of those tried; beyond there may be a better one"]
+    notes = notes if any(AT_AN_END in text for row in rows for text in row) else []
+    notes.append("a point of the grid with a run that failed is not chosen")
+    return Sheet("chosen by dev", ("method", *study.tasks), tuple(rows), tuple(notes))
 
 
-def choice_text(choice: Choice) -> str:
-    return ", ".join(f"{short(key)} {text_of(value)}" for key, value in choice)
+def choice_text(cell: Cell, choice: Choice) -> str:
+    """With a mark at a number that is the least or the largest of three or more."""
+
+    def mark(key: str, value: Any) -> str:
+        tried = {dict(one.run.choice)[key] for one in cell.every}
+        numbers = all(isinstance(one, int | float) for one in tried)
+        return AT_AN_END if len(tried) > 2 and numbers and value in (min(tried), max(tried)) else ""
+
+    return ", ".join(f"{short(key)} {text_of(value)}{mark(key, value)}" for key, value in choice)
 
 
 def failure_sheets(results: Results) -> list[Sheet]:

@@ -1,0 +1,54 @@
+"""Whether runs agree with published ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from lorasc_ds.errors import ConfigError
+from lorasc_ds.study.publishing import Published
+from lorasc_ds.study.records import Record
+from lorasc_ds.study.tables import is_plain
+
+COMPUTING = ("torch", "transformers", "peft", "accelerate", "numpy", "tokenizers")
+DIGESTS = ("ledger_sha256", "weights_sha256")
+SHARE_TOLERANCE, TOLERANCE = 0.05, 0.2  # on another processor: of shares, absolute; of all other scores, relative
+
+
+def disagreements(published: Published, records: Sequence[Record]) -> Iterator[str]:
+    """Where runs that are done differ from the same ones that were published.
+
+    Computed alike, on the same kind of processor with as many threads and the same versions, they have the same bits,
+    by the digests of ledger and weights; else shares have to be within `SHARE_TOLERANCE` of those there, and other
+    scores within `TOLERANCE` of the value.
+
+    Raises:
+        ConfigError: none of the runs was published.
+    """
+    done = {one.run.digest: one for one in records if one.state == "done"}
+    pairs = [(one, published.record(one.run, one.job)) for one in done.values()]
+    pairs = [(ours, theirs) for ours, theirs in pairs if theirs.state == "done"]
+    if not pairs:
+        raise ConfigError("--against: it has none of the runs that are done here")
+    for ours, theirs in pairs:
+        yield from (f"{ours.run.title}: {text}" for text in differences(ours, theirs))
+
+
+def kind_of(record: Record) -> tuple[Any, ...]:
+    """That of which the bits depend."""
+    environment: Mapping[str, Any] = {**(record.environment or {}), "device": (record.facts or {})["device"]}
+    packages = environment["packages"] or {}
+    return tuple(environment[key] for key in ("device", "processor", "threads")), tuple(map(packages.get, COMPUTING))
+
+
+def differences(ours: Record, theirs: Record) -> Iterator[str]:
+    if kind_of(ours) == kind_of(theirs):
+        facts = ours.facts or {}
+        other = theirs.facts or {}
+        yield from (f"another {key}, though computed alike" for key in DIGESTS if facts.get(key) != other.get(key))
+        return
+    every = {**{f"dev/{metric}": value for metric, value in (theirs.dev or {}).items()}, **(theirs.scores or {})}
+    for name, value in every.items():
+        found, bound = ours.score(name), TOLERANCE * abs(value) if is_plain(name) else SHARE_TOLERANCE
+        if found is None or not abs(found - value) <= bound:
+            yield f"{name} is {found}, not {value:g} give or take {bound:.2g}"

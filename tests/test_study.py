@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -224,6 +225,25 @@ def test_figures_can_be_read_in_grey_and_are_the_same_at_every_call(parsed: Pars
         pixels = np.asarray(Image.open(tmp_path / name).convert("RGB")).astype(int)
         assert (pixels.max(axis=2) - pixels.min(axis=2)).max() == 0, "no colour"
         assert (pixels < 60).any()
+
+
+def test_differences_are_drawn_with_their_intervals_where_tasks_are_many_and_rows_few(parsed: Parsed) -> None:
+    two = parsed()
+    written(two, good)
+    assert "differences.png" not in figures.draw(results_of(two.study, read(two)))
+    three = parsed(change=("  one: {}", "  one: {}\n  half: {set: {task.label_noise: 0.5}}"))
+    written(replace(three, runs=tuple(run for run in three.runs if run.task == "half")), good)
+    results = results_of(three.study, read(three))
+    assert "differences.png" in figures.draw(results)
+    figure = figures.differences_figure(results, [row for row in results.rows if row.label == "Slow"])
+    for axis in figure.axes:
+        assert len(axis.containers) == 3
+        for mark in axis.containers:
+            line, _, (bar,) = mark.lines
+            ((left, _), (right, _)) = bar.get_segments()[0]
+            expected = scipy.stats.ttest_1samp([60.0, 60.0, 62.0], 0.0).confidence_interval(0.95)  # of `good`, by seed
+            assert line.get_xdata() == pytest.approx([182 / 3])
+            assert (left, right) == pytest.approx((expected.low, expected.high))
 
 
 @pytest.mark.parametrize(

@@ -4,24 +4,31 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from itertools import cycle
+from itertools import cycle, product
 from typing import Any
 
 from lorasc_ds.figure_files import files_of
 from lorasc_ds.study.paper import TABLES
-from lorasc_ds.study.plan import Row, short
+from lorasc_ds.study.plan import Row, baseline_of, short
 from lorasc_ds.study.results import LEVEL, RATE, Results, at_every_rate, score_of, spread, values_of
 from lorasc_ds.study.tables import is_plain
 
 STYLES = ("o-", "s--", "^:", "D-.", "v-", "P--", "X:", "*-.")
 GREYS = ("0.0", "0.45", "0.0", "0.45", "0.6", "0.3", "0.6", "0.3")
+FEW_ROWS = 4  # whose marks beside each other can be told apart
 WIDTH = 3.4  # inches of a panel
 Curves = Mapping[str, Mapping[float, Sequence[float]]]  # line -> x -> values by seed
 
 
 def draw(results: Results) -> dict[str, bytes]:
-    """File name -> content: the table as a picture, a line per strategy over what is swept, and over learning rates."""
+    """File name -> content: the table as a picture, a line per strategy over what is swept, and over learning rates.
+
+    Where few rows are compared on three tasks or more, also by how much they differ from the baseline.
+    """
     figures = {"scores": scores_figure(results)}
+    compared = [row for row in results.rows if row != baseline_of(results.rows, row)]
+    if len(results.study.tasks) > 2 and 0 < len(compared) <= FEW_ROWS and not any(row.sweep for row in compared):
+        figures["differences"] = differences_figure(results, compared)
     for key in dict.fromkeys(row.sweep[0] for row in results.rows if row.sweep):
         figures[f"over_{short(key)}"] = curves_figure(results, key, swept(results, key))
     if any(len({dict(one.run.choice).get(RATE) for one in cell.every}) > 1 for cell in results.cells.values()):
@@ -70,6 +77,42 @@ def scores_figure(results: Results) -> Any:
         axis.set_yticks(range(len(results.rows)), labels or [""] * len(results.rows), fontsize=8)
         axis.set(ylim=(len(results.rows) - 0.5, -0.5), xlabel="per cent" if unit(score) > 1 else "value")
     figure.supxlabel(f"full: differs from {results.rows[0].label}, p < {LEVEL} (Holm)", fontsize=8)
+    return figure
+
+
+def differences_figure(results: Results, rows: Sequence[Row]) -> Any:
+    """A panel for every score, with every task's mean difference to the baseline, paired, and its 95 % interval."""
+    from matplotlib.figure import Figure
+    from scipy.stats import t
+
+    tasks, names = [*results.study.tasks], [*results.study.scores]
+    height = 1.6 + (0.15 + 0.17 * len(rows)) * len(tasks)
+    figure = Figure(figsize=(2.2 + 2.4 * len(names), height), layout="constrained")
+    axes = figure.subplots(1, len(names), squeeze=False, sharey=True)[0]
+    baseline, lines = results.rows[0].label, {}
+    for (name, axis), (at, row) in product(zip(names, axes, strict=True), enumerate(rows)):
+        for down, task in enumerate(tasks):
+            score = score_of(results.study, task, name)
+            ours, theirs = (results.cells[task, label].values(score) for label in (row.label, baseline))
+            if not ours or not theirs:
+                continue
+            mean, deviation = spread(unit(score) * (x - y) for x, y in zip(ours, theirs, strict=True))
+            half = (deviation or 0.0) * float(t.ppf(0.975, max(1, len(ours) - 1))) / math.sqrt(len(ours))
+            tested = results.tested.get((task, row.label, name))
+            style = {"color": GREYS[at], "mfc": GREYS[at] if tested and tested.p < LEVEL else "white"}
+            y = down + 0.7 * ((at + 0.5) / len(rows) - 0.5)
+            lines[row.label] = axis.errorbar(mean, y, xerr=half, fmt=STYLES[at][0], ms=5, lw=1, capsize=2, **style)
+    for axis, name in zip(axes, names, strict=True):
+        axis.axvline(0.0, color="0.6", lw=0.8)
+        axis.grid(color="0.9", lw=0.6)
+        axis.spines[["top", "right"]].set_visible(False)
+        points = unit(score_of(results.study, tasks[0], name)) > 1
+        axis.set(title=name, ylim=(len(tasks) - 0.5, -0.5), xlabel="percentage points" if points else "difference")
+    axes[0].set_yticks(range(len(tasks)), tasks, fontsize=8)
+    figure.suptitle(f"{results.study.title}: difference to {baseline}")
+    note = f"bars: 95 % intervals over the seeds; full: p < {LEVEL} over seeds and over examples (Holm)"
+    keys = {"loc": "outside lower center", "ncols": 4, "frameon": False, "fontsize": 8, "title_fontsize": 8}
+    figure.legend(lines.values(), lines.keys(), title=note, **keys)
     return figure
 
 

@@ -246,6 +246,30 @@ def test_differences_are_drawn_with_their_intervals_where_tasks_are_many_and_row
             assert (left, right) == pytest.approx((expected.low, expected.high))
 
 
+def by_rate(task: str, row: str, choice: Any, seed: int) -> tuple[float, list[float]]:
+    """Right of 10: LoRA on 2 and 8 at the two rates, Slow on 5 and 6; dev is for the higher one and α = 0.8."""
+    high = choice["training.learning_rate"] == 0.01
+    dev = 0.5 * high + 0.1 * choice.get("cascade.slow_retention", 0.0)
+    right = (8 if high else 2) if row == "LoRA" else (6 if high else 5)
+    return dev, [1.0] * right + [0.0] * (10 - right)
+
+
+def test_a_trade_off_is_drawn_over_the_rates_with_the_rest_as_dev_chose_it(parsed: Parsed) -> None:
+    options = parsed(change=("seeds:", "trade_off: [old, new]\nseeds:"))
+    written(options, by_rate)
+    results = results_of(options.study, read(options))
+    figure = figures.draw(results)
+    assert "trade_off.svg" in figure
+    panel = figures.trade_off_figure(results, figures.by_rate(results), "old", "new").axes[0]
+    assert (panel.get_title(), panel.get_xlabel(), panel.get_ylabel()) == ("one", "old", "new")
+    lines = [(list(line.get_xdata()), list(line.get_ydata()), line.get_mfc()) for line in panel.lines]
+    assert [xs for xs, _, _ in lines] == [pytest.approx(xs) for xs in ([20, 80], [80], [50, 60], [60])]
+    assert all(xs == ys for xs, ys, _ in lines), "the hand-made runs score alike on both"
+    assert [face == "white" for _, _, face in lines] == [True, False, True, False]
+    with pytest.raises(ConfigError, match="trade_off names 'older': two of new, old are needed"):
+        parsed(change=("seeds:", "trade_off: [older, new]\nseeds:"))
+
+
 @pytest.mark.parametrize(
     "file", [path for path in STUDIES if path.stem not in ("table1", "table4", "figure2")], ids=lambda path: path.stem
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from itertools import cycle, product
+from statistics import fmean
 from typing import Any
 
 from lorasc_ds.figure_files import files_of
@@ -32,7 +33,10 @@ def draw(results: Results) -> dict[str, bytes]:
     for key in dict.fromkeys(row.sweep[0] for row in results.rows if row.sweep):
         figures[f"over_{short(key)}"] = curves_figure(results, key, swept(results, key))
     if any(len({dict(one.run.choice).get(RATE) for one in cell.every}) > 1 for cell in results.cells.values()):
-        figures["over_learning_rate"] = curves_figure(results, RATE, by_rate(results))
+        curves = by_rate(results)
+        figures["over_learning_rate"] = curves_figure(results, RATE, curves)
+        if results.study.trade_off is not None:
+            figures["trade_off"] = trade_off_figure(results, curves, *results.study.trade_off)
     return files_of(figures)
 
 
@@ -167,4 +171,38 @@ def curves_figure(results: Results, key: str, curves: Mapping[tuple[str, str], C
         label: one for axis in axes.values() for one, label in zip(*axis.get_legend_handles_labels(), strict=True)
     }
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, frameon=False, fontsize=8)
+    return figure
+
+
+def trade_off_figure(results: Results, curves: Mapping[tuple[str, str], Curves], across: str, up: str) -> Any:
+    """One score over another, means at every learning rate, a line through those of a row; what dev chose is full."""
+    from matplotlib.figure import Figure
+
+    tasks, columns = [*results.study.tasks], min(3, len(results.study.tasks))
+    down = -(-len(tasks) // columns)
+    figure = Figure(figsize=(1.2 + 3.0 * columns, 1.4 + 2.6 * down), layout="constrained")
+    figure.suptitle(f"{results.study.title}: {up} and {across} at every learning rate")
+    axes, lines = figure.subplots(down, columns, squeeze=False).ravel(), {}
+    for axis in axes[len(tasks) :]:
+        axis.set_visible(False)
+    for task, axis in zip(tasks, axes, strict=False):
+        factors = [unit(score_of(results.study, task, name)) for name in (across, up)]
+        by_row = (curves.get((task, name), {}) for name in (across, up))
+        xs_of, ys_of = ({label: one for label, one in rows.items() if one} for rows in by_row)
+        for (label, style), grey in zip(zip(xs_of, cycle(STYLES), strict=False), cycle(GREYS)):
+            chosen = dict(results.cells[task, label].choice or ())[RATE]
+            rates = sorted(xs_of[label].keys() & ys_of[label].keys())
+            points = [
+                [f * fmean(of[label][rate]) for rate in rates] for f, of in zip(factors, (xs_of, ys_of), strict=True)
+            ]
+            (line,) = axis.plot(*points, style, color=grey, mfc="white", ms=5, lw=1)
+            axis.plot(*([one[rates.index(chosen)]] for one in points), style[0], color=grey, ms=6)
+            lines[label] = line
+        axis.set_title(task, fontsize=9)
+        axis.set(xlabel=across, ylabel=up)
+        axis.grid(color="0.9", lw=0.6)
+        axis.spines[["top", "right"]].set_visible(False)
+    note = "mean over the seeds; full: the rate that dev chose; a line follows the rates in order"
+    keys = {"loc": "outside lower center", "ncols": 4, "frameon": False, "fontsize": 8, "title_fontsize": 8}
+    figure.legend(lines.values(), lines.keys(), title=note, **keys)
     return figure

@@ -58,6 +58,9 @@ class StudyConfig(Section):
         " the last epoch, ledger/MEASURE of `inspect`, or the difference `A - B` of two of them.",
         min_length=1,
     )
+    trade_off: Annotated[tuple[str, str], Field(strict=False)] | None = Field(
+        default=None, description="Two of the scores, across and up, drawn against each other at every learning rate."
+    )
     select_by: str = Field(default="dev/accuracy", description="The metric on dev that chooses from the grids.")
     evaluate: Settings = Field(
         default_factory=dict, description="Flags of launch/evaluate.py, for every run when it is trained."
@@ -85,6 +88,9 @@ class StudyConfig(Section):
                     f"tasks.{name}.scores names {', '.join(task.scores)}: the study's names are needed,"
                     f" {', '.join(self.scores)}"
                 )
+        for name in self.trade_off or ():
+            if name not in self.scores:
+                raise ValueError(f"trade_off names {name!r}: two of {', '.join(self.scores)} are needed")
         for name in (*self.tasks, *self.adapters, *self.strategies):
             if "," in name:  # of the command line's lists
                 raise ValueError(f"the name {name!r} has a comma: write it without")

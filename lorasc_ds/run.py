@@ -43,12 +43,11 @@ from lorasc_ds.sharding import (
     failing_together,
     sharded_loading,
     speaking_once_per_node,
-    start,
 )
 from lorasc_ds.stopping import Stopping
 from lorasc_ds.tensorboard import TensorBoard
 from lorasc_ds.tracking import Tracker
-from lorasc_ds.trainer import Trainer
+from lorasc_ds.trainer import Trainer, start_engine
 from lorasc_ds.warning_signs import Setting
 from lorasc_ds.watch import SignWatch
 
@@ -115,15 +114,7 @@ def run(invocation: Invocation, stopping: Stopping) -> None:
         return
     launch, preparation = checked
     config = invocation.config
-    accelerator = start(
-        launch,
-        micro_batch_size=preparation.data.micro_batch_size,
-        accumulation=preparation.accumulation,
-        max_grad_norm=config.training.max_grad_norm,
-        timeout_seconds=config.training.ddp_timeout,
-        # LLaVA's last vision layers are read by nothing; where there are no images, its whole tower
-        skips_weights=models.kind_of(config.model, preparation.shape.config) == "image_text",
-    )
+    accelerator = start_engine(launch, preparation)
     processes = Processes(launch.rank, launch.world_size, accelerator.device)
     main = launch.rank == 0
     tracker: Tracker | None = None

@@ -35,13 +35,31 @@ from lorasc_ds.preparation import Preparation
 from lorasc_ds.profiling import span
 from lorasc_ds.scoring import Record, explaining_memory
 from lorasc_ds.selection import Patience, Selection
-from lorasc_ds.sharding import Processes, prepare_engine
+from lorasc_ds.sharding import Launch, Processes, prepare_engine, start
 from lorasc_ds.stopping import Stopping
 from lorasc_ds.tasks import Scores
 from lorasc_ds.text_reading import TextReading
 
 PROBE_EXAMPLES = 4
 PROBE_TOKENS = 256
+
+
+def start_engine(launch: Launch, preparation: Preparation) -> Accelerator:
+    """The process group and the engine of a run.
+
+    Raises:
+        ConfigError: the group has another size than the launcher says.
+    """
+    config = preparation.config
+    return start(
+        launch,
+        micro_batch_size=preparation.data.micro_batch_size,
+        accumulation=preparation.accumulation,
+        max_grad_norm=config.training.max_grad_norm,
+        timeout_seconds=config.training.ddp_timeout,
+        # LLaVA's last vision layers are read by nothing; where there are no images, its whole tower
+        skips_weights=models.kind_of(config.model, preparation.shape.config) == "image_text",
+    )
 
 
 class Trainer:

@@ -18,9 +18,9 @@ from lorasc_ds.encoded import ScoredTokens
 from lorasc_ds.layer_compilation import compile_layers
 from lorasc_ds.models import DTYPES, auto_class
 from lorasc_ds.preparation import Preparation, attach_adapters, prepare
-from lorasc_ds.sharding import Launch, sharded_loading, start
+from lorasc_ds.sharding import Launch, sharded_loading
 from lorasc_ds.stopping import Stopping
-from lorasc_ds.trainer import Trainer
+from lorasc_ds.trainer import Trainer, start_engine
 
 ALONE = Launch(0, 1, None)
 STEPS = 100_000  # more than any measurement takes
@@ -80,13 +80,7 @@ def prepared(model: Path, sections: Mapping[str, Mapping[str, Any]], launch: Lau
 def make_trainer(preparation: Preparation, folder: Path, device: torch.device, launch: Launch = ALONE) -> Trainer:
     """A run on random weights, its first expert open."""
     config = preparation.config
-    accelerator = start(
-        launch,
-        micro_batch_size=preparation.data.micro_batch_size,
-        accumulation=preparation.accumulation,
-        max_grad_norm=config.training.max_grad_norm,
-        timeout_seconds=config.training.ddp_timeout,
-    )
+    accelerator = start_engine(launch, preparation)
     torch.manual_seed(config.training.seed)
     with sharded_loading(launch, accelerator, config.model.dtype), torch.device(device):
         kind = auto_class(config.model, preparation.shape.config)

@@ -2,26 +2,22 @@
 
     python -m lorasc_ds.quickstart.make_base DIR
 
-writes the files of `lorasc_ds/quickstart/base`. Everything is seeded and runs on one thread, so the same
-versions on the same kind of processor give the same bytes.
+writes the files of `lorasc_ds/quickstart/base`.
 """
 
 from __future__ import annotations
-
-import argparse
-from pathlib import Path
 
 import numpy as np
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from lorasc_ds.tasks.digits import GREY_LETTERS, PRETRAINING_IMAGES, TEST_IMAGES, Image, load_images, prompt_of
+from lorasc_ds.quickstart.pretraining import SEED, Indices, parse, pretrain, tell_accuracy
+from lorasc_ds.tasks.digits import GREY_LETTERS, TEST_IMAGES, Image, load_images, prompt_of
 
 EPOCHS = 150
 BATCH = 32
 PEAK_LEARNING_RATE = 3e-3
-SEED = 0
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
@@ -61,45 +57,26 @@ def encode(tokenizer: PreTrainedTokenizerFast, images: Image) -> torch.Tensor:
 
 
 def train(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, epochs: int) -> None:
-    """Cross-entropy on the digit after the image; AdamW, cosine to zero, after one epoch of warm-up."""
+    """Cross-entropy on the digit after the image, after one epoch of warm-up."""
     images, labels = load_images()
     rng = np.random.default_rng(SEED)
     answers = torch.tensor(tokenizer.convert_tokens_to_ids(list("0123456789")))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LEARNING_RATE, weight_decay=0.05)
-    steps_per_epoch = PRETRAINING_IMAGES // BATCH
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, PEAK_LEARNING_RATE, total_steps=epochs * steps_per_epoch, pct_start=1 / max(epochs, 2)
-    )
-    model.train()
-    for epoch in range(epochs):
-        order = rng.permutation(PRETRAINING_IMAGES)
-        total = 0.0
-        for batch in order[: steps_per_epoch * BATCH].reshape(-1, BATCH):
-            ids = encode(tokenizer, moved_by_a_pixel(images[batch], rng))
-            logits = model(input_ids=ids, logits_to_keep=1).logits[:, -1]
-            loss = torch.nn.functional.cross_entropy(logits, answers[labels[batch]])
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
-            total += loss.item()
-        print(f"epoch {epoch + 1}/{epochs}: loss {total / steps_per_epoch:.4f}", flush=True)
 
-    model.eval()
+    def logits_of(some: Image) -> torch.Tensor:
+        return model(input_ids=encode(tokenizer, some), logits_to_keep=1).logits[:, -1]
+
+    def loss_of(indices: Indices) -> torch.Tensor:
+        logits = logits_of(moved_by_a_pixel(images[indices], rng))
+        return torch.nn.functional.cross_entropy(logits, answers[labels[indices]])
+
+    warm_up = 1 / max(epochs, 2)
+    pretrain(model, loss_of, rng, epochs=epochs, batch=BATCH, peak_learning_rate=PEAK_LEARNING_RATE, warm_up=warm_up)
     with torch.no_grad():
-        logits = model(input_ids=encode(tokenizer, images[-TEST_IMAGES:]), logits_to_keep=1).logits[:, -1]
-    correct = logits[:, answers].argmax(-1) == torch.tensor(labels[-TEST_IMAGES:])
-    print(f"accuracy on {TEST_IMAGES} unseen upright digits: {correct.float().mean():.3f}")
+        tell_accuracy(logits_of(images[-TEST_IMAGES:])[:, answers], torch.tensor(labels[-TEST_IMAGES:]))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("directory", type=Path)
-    parser.add_argument("--epochs", type=int, default=EPOCHS, help="fewer for a trial (default: %(default)s)")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    torch.manual_seed(SEED)
+    options = parse(__doc__, EPOCHS)
     tokenizer = make_tokenizer()
     model = make_model(len(tokenizer))
     train(model, tokenizer, options.epochs)

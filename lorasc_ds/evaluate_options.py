@@ -176,8 +176,8 @@ def parse(arguments: Sequence[str]) -> EvaluateOptions:
     if options.harness_tasks and importlib.util.find_spec("lm_eval") is None:
         raise ConfigError("--harness_tasks needs lm-evaluation-harness: pip install -e '.[eval]'")
     splits = listed(options.splits)
-    if not splits or "train" in splits:
-        raise ConfigError(f"--splits {options.splits}: name splits that are scored, dev or test; train is not")
+    if not splits:
+        raise ConfigError(f"--splits {options.splits!r}: name splits that are scored, such as dev,test")
     run = settings_of_run(options.subject)
     own, trained = run.get("task", {}), run.get("training", {})
     harness = HarnessOptions(listed(options.harness_tasks), options.harness_include_path, options.harness_shots)

@@ -52,7 +52,7 @@ def evaluate(
     generator: Generator | None = None,
     record: Callable[[str, Any, Record], None] | None = None,
 ) -> Scores:
-    """Loss on every split but `train`, and the metrics of the task's kind.
+    """Loss on every split, and the metrics of the task's kind.
 
     `accuracy` (`candidates`), `perplexity` (`sequences`, `documents`), or those of the task's `generation`; each of
     them also by group, as `METRIC/GROUP`, where there are several. The loss is the one that is trained on.
@@ -95,7 +95,7 @@ def evaluate(
         return summary(task, examples, records)
 
     with evaluation_mode(model):
-        return {split: score(split, examples) for split, examples in splits.items() if split != "train"}
+        return {split: score(split, examples) for split, examples in splits.items()}
 
 
 def check_layout(model: nn.Module, layout: Layout, device: torch.device) -> None:

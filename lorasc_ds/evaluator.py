@@ -205,8 +205,10 @@ def read(config: TaskConfig, options: EvaluateOptions, subject: Subject, shape: 
     if not chosen and options.splits == ("test",):  # files of one's own have no split of that name
         chosen = task.evaluation_splits
     if not chosen:
-        known = ", ".join(task.evaluation_splits) or "dev or test"
+        known = ", ".join(task.splits) or "dev or test"
         raise ConfigError(f"--splits {','.join(options.splits)}: task {task.name} has no such split; give {known}")
+    if "train" in chosen and getattr(config, "streaming", False):
+        raise ConfigError(f"--splits train: {config.name}.streaming is true; give --{config.name}.streaming false")
     task = replace(task, splits={split: limited(task.splits[split], options.limit) for split in chosen})
     if task.classes is not None:
         workers = workers_of(options.data_workers)

@@ -224,9 +224,10 @@ class Trainer:
         return logits
 
     def evaluate(self) -> Scores:
-        """On every split; what every example scored is in `examples` until the next call."""
+        """On every split but `train`; what every example scored is in `examples` until the next call."""
         self.examples = ExampleMetrics()
-        return self.scores(self.preparation.splits, record=self.examples.add)
+        splits = {split: self.preparation.splits[split] for split in self.preparation.task.evaluation_splits}
+        return self.scores(splits, record=self.examples.add)
 
     @span("evaluation")
     def scores(

@@ -200,6 +200,18 @@ def test_a_pretrained_model_learns_real_rows_and_is_exported_and_scored(
         assert scores == pytest.approx(summary["eval"][split], abs=1e-5)
 
 
+def test_training_examples_are_scored_as_they_were_trained_on(evaluated: Command, tmp_path: Path) -> None:
+    """Wrong labels too: a step on all of them at a rate of nothing has the loss that is found afterwards."""
+    directory = tmp_path / "run"
+    flags = ["--cascade.strategy=lora", "--training.max_steps=1", "--training.batch_size=100", "--training.seed=3"]
+    flags += ["--training.learning_rate=1e-12", "--tracking.tensorboard=false"]
+    assert train(["--config", str(RECIPE), f"--output_dir={directory}", *flags], RECIPE) == 0
+    lines = map(json.loads, (directory / "metrics.jsonl").read_text().splitlines())
+    (step,) = [line for line in lines if line["event"] == "step"]
+    assert evaluated(directory, "--splits=train", f"--output_dir={tmp_path / 'scores'}")[0] == 0
+    assert metrics_of(tmp_path / "scores")["digits"]["train"]["loss"] == pytest.approx(step["loss"], abs=1e-5)
+
+
 def test_a_run_is_scored_on_its_own_draw_and_length(stories: Path, shared_data: Path, tmp_path: Path) -> None:
     """Of dev another seed would draw training rows."""
     recipe = tmp_path / "run" / "config.yaml"
@@ -245,7 +257,8 @@ def test_release_folders_are_found_in_any_spelling(tmp_path: Path) -> None:
 
 BAD = {
     "unknown split": (["MODEL", "--tasks=rte", "--splits=tst", "--rte.data_dir=DATA/superglue/RTE"], "--splits tst: task rte has no such split; give dev or test"),
-    "training split": (["MODEL", "--tasks=rte", "--splits=train"], "--splits train: name splits that are scored"),
+    "no split": (["MODEL", "--tasks=rte", "--splits=,"], "--splits ',': name splits that are scored"),
+    "a stream": (["MODEL", "--tasks=text", "--splits=train", "--text.train_file=ROWS", "--text.streaming=true"], "--splits train: text.streaming is true; give --text.streaming false"),
     "run that is none": (["BROKEN"], "task is 3"),
     "no task": (["MODEL"], "--tasks is needed: MODEL is no run directory whose task could be taken"),
     "unknown task": (["MODEL", "--tasks=rt"], "--tasks rt: no such task; one of digits, text, sst2,"),
@@ -268,7 +281,9 @@ def test_a_bad_command_is_one_line_and_leaves_nothing(
     arguments, message = BAD[case]
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "config.yaml").write_text("task: 3")
+    (tmp_path / "rows.jsonl").write_text('{"text": "a row"}\n' * 4)
     arguments = [one.replace("BROKEN", str(tmp_path / "broken")) for one in arguments]
+    arguments = [one.replace("ROWS", str(tmp_path / "rows.jsonl")) for one in arguments]
     placed = [one.replace("MODEL", str(stories)).replace("DATA", str(shared_data)) for one in arguments]
     code, _, errors = evaluated(*placed, f"--output_dir={tmp_path / 'out'}")
     assert code == 2

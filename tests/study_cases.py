@@ -47,7 +47,6 @@ def written(options: StudyOptions, score: Callable[[str, str, Any, int], tuple[f
         summary |= {"timing": {"train_seconds": 1.0, "peak_memory_bytes": 1}}
         (directory / "summary.json").write_text(json.dumps(summary))
         (directory / "status.json").write_text('{"state": "done"}')
-        (directory / "metrics.jsonl").write_text('{"event": "step", "epoch": 1.0, "loss": 0.5}\n')
         split = {"id": [str(at) for at in range(len(outcomes))], "accuracy": outcomes}
         (directory / "examples.json").write_text(json.dumps({"new_domain": split, "old_domain": split}))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import statistics
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,8 +20,9 @@ from study_cases import YAML, good, parse, written
 
 from lorasc_ds.errors import ConfigError
 from lorasc_ds.study import figures, records
+from lorasc_ds.study.comparison_figures import differences_figure, growth_figure, trade_off_figure
 from lorasc_ds.study.options import StudyOptions, parse_options
-from lorasc_ds.study.results import results_of
+from lorasc_ds.study.results import corrected, results_of
 from lorasc_ds.study.selection import choose
 from lorasc_ds.study.statistics import compare, holm, p_of
 from lorasc_ds.study.study import job_of, read, tell, to_do
@@ -150,6 +152,21 @@ def test_p_where_t_is_undefined() -> None:
     assert p_of([0.1] * 5) == 2 / 2**5, "the sign test's"
 
 
+def test_p_of_what_is_not_finite_is_none_and_spoils_no_other() -> None:
+    assert p_of([0.1, float("nan"), 0.2]) is None
+    lost = compare([float("inf")] * 3, [float("inf")] * 3, [None] * 3, [None] * 3)
+    sure = compare([1.0, 1.1, 1.2], [0.0, 0.1, 0.3], [None] * 3, [None] * 3)
+    tested = corrected({("a", "row", "ppl"): lost, ("b", "row", "ppl"): sure, ("b", "row", "acc"): sure})
+    assert tested.keys() == {("b", "row", "ppl"), ("b", "row", "acc")}
+    assert all(one.p == sure.p for one in tested.values()), "alone in its score, nothing to correct for"
+
+
+def test_examples_that_are_not_the_same_on_both_sides_are_not_compared() -> None:
+    first, second = {"here/x.jsonl:1": 1.0, "b": 0.0}, {"there/x.jsonl:1": 1.0, "b": 0.0}
+    assert compare([0.6, 0.5], [0.6, 0.4], [first, first], [second, second]).p_examples is None
+    assert compare([0.6, 0.5], [0.6, 0.4], [first, None], [first, first]).p_examples is None
+
+
 def test_holm_corrects() -> None:
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])  # Holm 1979's steps by hand
     assert holm([0.9, 0.8]) == [1.0, 1.0]
@@ -161,10 +178,11 @@ def test_tables_are_means_and_spreads_of_what_was_chosen(parsed: Parsed, capsys:
     tell(options, read(options))
     new, _, differences, _, chosen = sheets(results_of(options.study, read(options)))
     assert new.head == ("method", "one", "two")
+    assert differences.title == "differences to LoRA, A study: new"
     assert new.rows == (("LoRA", *["30.3 ± 0.6"] * 2), ("Slow", *["91.0 ± 1.0 ↑"] * 2))
     assert differences.rows[0][0] == "Slow"
     assert differences.rows[0][1].startswith("+60.7, p 0.0")
-    assert chosen.rows[1][1] == "learning_rate 0.01, slow_retention 0.8 (dev 70.0 ± 0.0)"
+    assert chosen.rows[1][1] == "learning_rate 0.01†, slow_retention 0.8 (dev 70.0 ± 0.0)", "the higher of two"
     assert r"91.0 $\pm$ 1.0 $\uparrow$ & 91.0 $\pm$ 1.0 $\uparrow$ \\" in latex(new)
     lines = [json.loads(line) for line in (options.output_dir / "results.jsonl").read_text().splitlines()]
     assert [line["digest"] for line in lines] == [run.digest for run in options.runs]
@@ -185,6 +203,25 @@ def test_a_failed_run_is_shown_and_not_averaged_away(parsed: Parsed) -> None:
     assert failures.rows[0] == (failing[0].title, "3", "error: the loss is nan")
     assert to_do(options, read(options)) == [], "what diverged would do so again"
     assert len(to_do(parsed("--tasks=one", "--retry_failed"), read(options))) == 4
+
+
+def test_a_cell_says_how_many_of_its_runs_failed(parsed: Parsed) -> None:
+    options = parsed("--tasks=one")
+    written(options, good)
+    low = next(run for run in options.runs if dict(run.choice)["training.learning_rate"] == 1e-3)
+    (options.directory(low) / "status.json").unlink()
+    options.directory(low).with_suffix(".json").write_text('{"exit_code": 3, "message": "", "seconds": 1.0}')
+    scores, *_ = sheets(results_of(options.study, read(options)))
+    assert scores.rows[0][1] == "30.3 ± 0.6 (1 failed)"
+
+
+def test_a_swept_study_names_what_its_rows_are_compared_with(parsed: Parsed) -> None:
+    options = parsed(change=("grid: {training", "sweep: {training.epochs: [1, 2]}\ngrid: {training"))
+    written(options, good)
+    new, _, differences, *_ = sheets(results_of(options.study, read(options)))
+    assert new.notes[1].startswith("↑ ↓: higher or lower than LoRA at the same epochs, p < 0.05")
+    assert differences.title == "differences to LoRA at the same epochs, A study: new"
+    assert [row[0] for row in differences.rows] == ["Slow, epochs 1", "Slow, epochs 2"]
 
 
 def test_what_is_missing_is_said(parsed: Parsed) -> None:
@@ -216,9 +253,8 @@ def test_figures_can_be_read_in_grey_and_are_the_same_at_every_call(parsed: Pars
     written(options, good)
     results = results_of(options.study, read(options))
     drawn = figures.draw(results)
-    assert drawn.keys() == {
-        f"{name}.{kind}" for name in ("scores", "over_epochs", "over_learning_rate") for kind in ("png", "svg")
-    }
+    names = ("scores", "over_epochs")  # all rows are swept: over the rates there is nothing to draw
+    assert drawn.keys() == {f"{name}.{kind}" for name in names for kind in ("png", "svg")}
     assert drawn == figures.draw(results)
     for name in ("scores.png", "over_epochs.png"):
         (tmp_path / name).write_bytes(drawn[name])
@@ -235,7 +271,7 @@ def test_differences_are_drawn_with_their_intervals_where_tasks_are_many_and_row
     written(replace(three, runs=tuple(run for run in three.runs if run.task == "half")), good)
     results = results_of(three.study, read(three))
     assert "differences.png" in figures.draw(results)
-    figure = figures.differences_figure(results, [row for row in results.rows if row.label == "Slow"])
+    figure = differences_figure(results, [row for row in results.rows if row.label == "Slow"])
     for axis in figure.axes:
         assert len(axis.containers) == 3
         for mark in axis.containers:
@@ -258,16 +294,67 @@ def test_a_trade_off_is_drawn_over_the_rates_with_the_rest_as_dev_chose_it(parse
     options = parsed(change=("seeds:", "trade_off: [old, new]\nseeds:"))
     written(options, by_rate)
     results = results_of(options.study, read(options))
-    figure = figures.draw(results)
-    assert "trade_off.svg" in figure
-    panel = figures.trade_off_figure(results, figures.by_rate(results), "old", "new").axes[0]
-    assert (panel.get_title(), panel.get_xlabel(), panel.get_ylabel()) == ("one", "old", "new")
+    assert {"trade_off.svg", "over_learning_rate.png"} <= figures.draw(results).keys()
+    panel = trade_off_figure(results, "old", "new").axes[0]
+    assert (panel.get_title(), panel.get_xlabel(), panel.get_ylabel()) == ("one", "old, per cent", "new, per cent")
     lines = [(list(line.get_xdata()), list(line.get_ydata()), line.get_mfc()) for line in panel.lines]
     assert [xs for xs, _, _ in lines] == [pytest.approx(xs) for xs in ([20, 80], [80], [50, 60], [60])]
     assert all(xs == ys for xs, ys, _ in lines), "the hand-made runs score alike on both"
     assert [face == "white" for _, _, face in lines] == [True, False, True, False]
-    with pytest.raises(ConfigError, match="trade_off names 'older': two of new, old are needed"):
-        parsed(change=("seeds:", "trade_off: [older, new]\nseeds:"))
+
+
+def test_a_trade_off_has_the_rows_of_a_sweep_and_leaves_out_what_is_not_there(parsed: Parsed) -> None:
+    sweep = ("grid: {cascade.slow_retention: [0.5, 0.8]}", "sweep: {cascade.slow_retention: [0.5, 0.8]}")
+    options = parsed(text=YAML.replace("seeds:", "trade_off: [old, new]\nseeds:"), change=sweep)
+    written(options, by_rate)
+    failing = next(run for run in options.runs if run.row.label == "LoRA" and run.choice[0][1] == 1e-3)
+    shutil.rmtree(options.directory(failing))
+    results = results_of(options.study, read(options))
+    drawn = trade_off_figure(results, "old", "new").axes[0].lines
+    assert [list(line.get_xdata()) for line in drawn] == [
+        pytest.approx(xs) for xs in ([80], [80], *([50, 60], [60]) * 2)
+    ]
+    over = figures.curves_figure(
+        results,
+        "cascade.slow_retention",
+        figures.swept(results, "cascade.slow_retention"),
+        figures.values_of_unswept(results),
+    )
+    level, *_ = over.axes[0].lines
+    assert list(level.get_ydata()) == pytest.approx([80, 80]), "LoRA, as dev chose it, beside the sweep"
+
+
+def test_the_growth_of_ranks_is_drawn_for_every_point_of_a_sweep(parsed: Parsed) -> None:
+    """Of experts 1 and 2, seed s, Slow at epochs e: ranks e + s and 2·e + s; the mean over seeds 0 to 2 adds 1."""
+    text = YAML.replace(
+        "new: new_domain/accuracy, old: old_domain/accuracy", "new: new_domain/accuracy, rank: ledger/rank"
+    )
+    options = parsed(
+        "--tasks=one", text=text, change=("grid: {training", "sweep: {training.epochs: [1, 4]}\ngrid: {training")
+    )
+    written(options, good)
+
+    def inspected(record: records.Record) -> records.Record:
+        epochs, seed = record.run.config.training.epochs, record.run.seed
+        once = record.run.row.strategy == "LoRA"
+        experts = (
+            {"expert": [1], "rank": [8.0]} if once else {"expert": [1, 2], "rank": [epochs + seed, 2 * epochs + seed]}
+        )
+        return replace(record, experts=experts)
+
+    results = results_of(options.study, [inspected(one) for one in read(options)])
+    assert "over_the_run.png" in figures.draw(results)
+    one, four = growth_figure(results).axes
+    assert (one.get_title(), four.get_title()) == ("epochs 1: rank", "epochs 4: rank")
+    for axis, epochs in ((one, 1), (four, 4)):
+        lines = [[list(line.get_xdata()), list(line.get_ydata())] for line in axis.lines]
+        assert lines == [[[1.0], [8.0]], [[0.5, 1.0], [epochs + 1.0, 2 * epochs + 1.0]]]
+
+
+@pytest.mark.parametrize("names", ["older, new", "new, new"])
+def test_a_trade_off_needs_two_of_the_scores(parsed: Parsed, names: str) -> None:
+    with pytest.raises(ConfigError, match=f"trade_off names {names}: two different ones of new, old are needed"):
+        parsed(change=("seeds:", f"trade_off: [{names}]\nseeds:"))
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -106,12 +107,91 @@ def test_what_is_kept_says_by_what_it_was_computed_and_is_small(parsed: Parsed) 
     found = computed(options)
     found[0] = replace(found[0], environment=MACHINE | {"commit": "d"}, scores={"new_domain/loss": 1 / 3})
     assert [runs for _, runs in environments_of(found)] == [1, len(found) - 1]
-    publish(options.output_dir, options.study, found)
+    publish(options.output_dir, "A study", found)
     lines = [json.loads(line) for line in (options.output_dir / "results.jsonl").read_text().splitlines()]
     kept = json.loads((options.output_dir / "environments.json").read_text())
     assert [kept["environments"][line["environment"]]["commit"] for line in lines[:2]] == ["d", "c"]
-    assert lines[0]["scores"] == {"new_domain/loss": 0.333333}
+    assert lines[0]["scores"] == {"new_domain/loss": 1 / 3}
     assert (options.output_dir / "results.jsonl").stat().st_size < 1100 * len(found), "100 outcomes of 2 scores each"
+
+
+def test_what_is_kept_is_read_back_as_it_was(parsed: Parsed) -> None:
+    """Scores to the bit, also those that JSON has no number for, and of every example what it scored."""
+    options = parsed()
+    written(options, partial_credit)
+    found = computed(options)
+    strange = {**(found[0].scores or {}), "old_domain/perplexity": math.inf, "old_domain/loss": math.nan}
+    ranks = {"expert": [1, 2], "effective_rank": [1.5, 2.5]}
+    found[0] = replace(found[0], scores=strange, experts=ranks)
+    published = publish(options.output_dir, "A study", found)
+    for one in found:
+        kept = published.record(one.run, one.job)
+        assert replace(kept, kept=None, scores=None) == replace(one, scores=None)
+        assert str(kept.scores) == str(one.scores), "nan is no number, not even itself"
+        for score in ("new_domain/accuracy", "old_domain/accuracy", "new_domain/loss"):
+            assert kept.outcomes(score) == one.outcomes(score)
+    assert "NaN" not in (options.output_dir / "results.jsonl").read_text()
+    again = published.record(found[0].run, replace(found[0].job, inspect=True))
+    assert (again.state, again.experts) == ("done", ranks)
+
+
+def test_a_known_run_without_what_is_asked_for_now_is_missing(parsed: Parsed) -> None:
+    options = parsed()
+    written(options, good)
+    (first, *_) = found = read(options)
+    published = publish(options.output_dir, "A study", found)
+    assert published.record(first.run, first.job).state == "done"
+    for job in (replace(first.job, inspect=True), replace(first.job, evaluate=("--tasks=digits",))):
+        assert published.record(first.run, job).state == "missing"
+
+
+def test_a_known_run_counts_where_the_same_failed_here(parsed: Parsed, tmp_path: Path) -> None:
+    options = parsed()
+    written(options, good)
+    carry_out(replace(options, collect=True))
+    broken = options.directory(options.runs[3])
+    shutil.rmtree(broken)
+    broken.with_suffix(".json").write_text('{"exit_code": -9, "message": "ended by SIGKILL", "seconds": 1.0}')
+    known = load(options.output_dir / "results.jsonl", "--known")
+    assert (read(options)[3].state, read(options, known)[3].state) == ("failed", "done")
+
+
+def test_results_that_are_nowhere_else_are_not_written_over(parsed: Parsed) -> None:
+    options = parsed()
+    written(options, good)
+    assert carry_out(options) == 0
+    shutil.rmtree(options.output_dir / "runs")
+    text = (options.output_dir / "results.jsonl").read_text()
+    known = ("--known", str(options.output_dir / "results.jsonl"))
+    for narrower in (parsed("--collect"), parsed("--tasks=one", "--collect", *known), parsed("--seeds=0,1", *known)):
+        with pytest.raises(ConfigError, match=r"its results.jsonl holds \d+ finished runs that are nowhere else"):
+            carry_out(narrower)
+        assert (options.output_dir / "results.jsonl").read_text() == text
+    assert carry_out(parsed("--collect", *known)) == 0
+    assert (options.output_dir / "results.jsonl").read_text() == text
+
+
+@pytest.mark.parametrize(
+    ("file", "change"),
+    [
+        ("results.jsonl", ('"digest": ', '"digests": ')),
+        ("results.jsonl", ('"scores": ', '"score": ')),
+        ("results.jsonl", ('"environment": 0', '"environment": 9')),
+        ("results.jsonl", ("[0, ", "[7, ")),
+        ("results.jsonl", ('[0, "1', '[0, "')),
+        ("environments.json", ("{", "[{")),
+        ("examples.json", ('"examples"', '"ids"')),
+    ],
+)
+def test_damaged_results_are_told_in_one_line(parsed: Parsed, file: str, change: tuple[str, str]) -> None:
+    options = parsed("--tasks=one", "--seeds=0,1")
+    written(options, good)
+    publish(options.output_dir, "A study", computed(options))
+    path = options.output_dir / file
+    assert change[0] in path.read_text()
+    path.write_text(path.read_text().replace(*change))
+    with pytest.raises(ConfigError, match=r"^--known .*results.jsonl: cannot be read \(.*\): a results.jsonl of "):
+        load(options.output_dir / "results.jsonl", "--known")
 
 
 def partial_credit(task: str, row: str, choice: Any, seed: int) -> tuple[float, list[float]]:
@@ -123,23 +203,28 @@ def partial_credit(task: str, row: str, choice: Any, seed: int) -> tuple[float, 
 def test_what_is_kept_gives_the_tables_and_figures_again_and_its_runs_need_not_be_carried_out(
     parsed: Parsed, tmp_path: Path
 ) -> None:
-    options = parsed()
+    options = parsed(change=("seeds:", "trade_off: [old, new]\nseeds:"))
     written(options, partial_credit)
     failed, missing = options.directory(options.runs[-1]), options.directory(options.runs[0])
     for directory in (failed, missing):
         shutil.rmtree(directory)
     failed.with_suffix(".json").write_text('{"exit_code": 3, "message": "error: loss is nan", "seconds": 1.0}')
     carry_out(replace(options, collect=True))
-    again = parsed("--collect", "--known", str(options.output_dir / "results.jsonl"))
-    again = replace(again, output_dir=tmp_path / "again")
+    live = results_of(options.study, read(options))
+    assert as_markdown(tables(options.study, read(options))) in (options.output_dir / "tables.md").read_text()
+    assert any(one.comparison.p_examples is not None for one in live.tested.values())
+    known = options.output_dir / "results.jsonl"
+    again = replace(options, known=known, collect=True, output_dir=tmp_path / "again")
     assert carry_out(again) == 1, "one failed"
     for file in sorted(options.output_dir.glob("*.*")):
         assert (again.output_dir / file.name).read_bytes() == file.read_bytes(), file.name
     assert len([*again.output_dir.glob("*.*")]) > 8
-    assert [job.directory.name for job in to_do(again, read(again))] == [missing.name], "what diverged would again"
+    assert [job.directory.name for job in to_do(again, read(again, load(known, "--known")))] == [missing.name], (
+        "what diverged would again"
+    )
     lines = (options.output_dir / "results.jsonl").read_text().splitlines()
-    kept = [json.loads(line).get("outcomes", {}).get("new_domain/accuracy", (0, ""))[1] for line in lines]
-    assert {type(one) for one in kept} == {list, str}
+    done = [line for line in map(json.loads, lines) if line["state"] == "done"]
+    assert {type(line["outcomes"]["new_domain/accuracy"][1]) for line in done} == {list, str}
 
 
 PUBLISHED = sorted((ROOT / "launch" / "studies" / "results").glob("*/results.jsonl"))
@@ -148,8 +233,8 @@ PUBLISHED = sorted((ROOT / "launch" / "studies" / "results").glob("*/results.jso
 @pytest.mark.parametrize("file", PUBLISHED, ids=[file.parent.name for file in PUBLISHED])
 def test_committed_tables_are_of_the_committed_results_and_none_is_missing(file: Path) -> None:
     options = parse_options([f"{file.parents[2] / file.parent.name}.yaml", "--known", str(file)])
-    found = read(replace(options, output_dir=file.parent / "nothing is here"))
-    assert {one.state for one in found} == {"done"}
+    found = read(replace(options, output_dir=file.parent / "nothing is here"), load(file, "--known"))
+    assert "missing" not in {one.state for one in found}
     assert as_markdown([*tables(options.study, found), computed_by(found)]) == (file.parent / "tables.md").read_text()
 
 
@@ -160,6 +245,7 @@ def test_committed_tables_are_of_the_committed_results_and_none_is_missing(file:
         ({"commit": "d"}, None, None, ""),
         ({}, "weights_sha256", "f00", "another weights_sha256, though computed alike"),
         ({}, "ledger_sha256", "f00", "another ledger_sha256, though computed alike"),
+        ({}, "new_domain/accuracy", 0.31, "new_domain/accuracy is 0.3, not 0.31, though computed alike"),
         ({"threads": 2}, "weights_sha256", "f00", ""),
         ({"processor": "another"}, "new_domain/accuracy", 0.34, ""),
         ({"processor": "another"}, "new_domain/accuracy", 0.36, "new_domain/accuracy is 0.3, not 0.36 give or take 0.05"),
@@ -177,8 +263,7 @@ def test_runs_agree_in_their_bits_where_they_were_computed_alike_and_else_about(
         scores = {**(theirs[0].scores or {}), key: value}
         facts = {**(theirs[0].facts or {}), key: value}
         theirs[0] = replace(theirs[0], scores=scores) if "/" in key else replace(theirs[0], facts=facts)
-    publish(options.output_dir, options.study, theirs)
-    published = load(options.output_dir / "results.jsonl", "--against")
+    published = publish(options.output_dir, "A study", theirs)
     found = [*disagreements(published, computed(options))]
     assert found == ([f"{theirs[0].run.title}: {message}"] if message else [])
 
@@ -186,10 +271,22 @@ def test_runs_agree_in_their_bits_where_they_were_computed_alike_and_else_about(
 def test_nothing_to_compare_with_is_refused(parsed: Parsed, tmp_path: Path) -> None:
     options = parsed()
     written(options, good)
-    with pytest.raises(ConfigError, match=r"--against .*none\.jsonl: .*; name a results\.jsonl with its"):
+    with pytest.raises(ConfigError, match=r"--against .*none\.jsonl: cannot be read"):
         load(tmp_path / "none.jsonl", "--against")
-    with pytest.raises(ConfigError, match="none of the runs"):
-        [*disagreements(publish(tmp_path, options.study, []), read(options))]
+    with pytest.raises(
+        ConfigError,
+        match=r"--against .*: it has none of the 36 runs that were carried out here: name results of the same",
+    ):
+        [*disagreements(publish(tmp_path, "A study", []), read(options))]
+
+
+def test_results_of_the_study_itself_are_compared_before_they_are_written_over(parsed: Parsed) -> None:
+    options = parsed("--tasks=one", "--rows=LoRA", "--seeds=0")
+    file = options.output_dir / "results.jsonl"
+    written(options, good)
+    assert carry_out(options) == 0
+    file.write_text(file.read_text().replace('"weights_sha256": 0', '"weights_sha256": 1', 1))
+    assert carry_out(replace(options, against=file)) == 1
 
 
 def test_a_difference_ends_the_command_with_1(
@@ -198,7 +295,7 @@ def test_a_difference_ends_the_command_with_1(
     options = parsed("--tasks=one", "--rows=LoRA", "--seeds=0", "--against", str(tmp_path / "there" / "results.jsonl"))
     written(options, good)
     (tmp_path / "there").mkdir()
-    publish(tmp_path / "there", options.study, read(options))
+    publish(tmp_path / "there", "A study", read(options))
     assert carry_out(options) == 0
     text = (tmp_path / "there" / "results.jsonl").read_text()
     (tmp_path / "there" / "results.jsonl").write_text(text.replace('"weights_sha256": 0', '"weights_sha256": 1', 1))

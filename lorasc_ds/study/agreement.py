@@ -16,20 +16,23 @@ SHARE_TOLERANCE, TOLERANCE = 0.05, 0.2  # on another processor: of shares, absol
 
 
 def disagreements(published: Published, records: Sequence[Record]) -> Iterator[str]:
-    """Where runs that are done differ from the same ones that were published.
+    """Where runs that were carried out here differ from the same ones that were published.
 
     Computed alike, on the same kind of processor with as many threads and the same versions, they have the same bits,
-    by the digests of ledger and weights; else shares have to be within `SHARE_TOLERANCE` of those there, and other
-    scores within `TOLERANCE` of the value.
+    by the digests of ledger and weights and by every score; else shares have to be within `SHARE_TOLERANCE` of those
+    there, and other scores within `TOLERANCE` of the value.
 
     Raises:
         ConfigError: none of the runs was published.
     """
-    done = {one.run.digest: one for one in records if one.state == "done"}
+    done = {one.run.digest: one for one in records if one.state == "done" and one.kept is None}
     pairs = [(one, published.record(one.run, one.job)) for one in done.values()]
     pairs = [(ours, theirs) for ours, theirs in pairs if theirs.state == "done"]
     if not pairs:
-        raise ConfigError("--against: it has none of the runs that are done here")
+        raise ConfigError(
+            f"--against {published.file}: it has none of the {len(done)} runs that were carried out here: name results"
+            " of the same study, or leave it out"
+        )
     for ours, theirs in pairs:
         yield from (f"{ours.run.title}: {text}" for text in differences(ours, theirs))
 
@@ -42,13 +45,18 @@ def kind_of(record: Record) -> tuple[Any, ...]:
 
 
 def differences(ours: Record, theirs: Record) -> Iterator[str]:
-    if kind_of(ours) == kind_of(theirs):
+    alike = kind_of(ours) == kind_of(theirs)
+    if alike:
         facts = ours.facts or {}
         other = theirs.facts or {}
         yield from (f"another {key}, though computed alike" for key in DIGESTS if facts.get(key) != other.get(key))
-        return
-    every = {**{f"dev/{metric}": value for metric, value in (theirs.dev or {}).items()}, **(theirs.scores or {})}
-    for name, value in every.items():
+    for name, value in every_score(theirs).items():
         found, bound = ours.score(name), TOLERANCE * abs(value) if is_plain(name) else SHARE_TOLERANCE
-        if found is None or not abs(found - value) <= bound:
+        if alike and found != value:
+            yield f"{name} is {found}, not {value}, though computed alike"
+        elif found is None or not (found == value or abs(found - value) <= bound):
             yield f"{name} is {found}, not {value:g} give or take {bound:.2g}"
+
+
+def every_score(record: Record) -> dict[str, float]:
+    return {**{f"dev/{metric}": value for metric, value in (record.dev or {}).items()}, **(record.scores or {})}

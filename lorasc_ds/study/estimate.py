@@ -35,7 +35,7 @@ def estimate(records: Sequence[Record], gpu_memory: int, at_once: int) -> Iterat
         preparation = prepare(group[0].run.config)
         each, memory = sum(run_seconds(preparation)), memory_plan(preparation, {}).device
         todo = sum(one.state != "done" for one in group)
-        seconds = [one.facts["seconds"] for one in group if one.facts]
+        seconds = [one.facts["seconds"] for one in group if one.facts and one.kept is None]
         taken, planned = taken + sum(seconds), planned + each * len(seconds)
         known, unknown = (known + todo * fmean(seconds), unknown) if seconds else (known, unknown + todo * each)
         total, most = total + todo * each, max(most, memory)

@@ -10,9 +10,9 @@ from statistics import fmean
 from lorasc_ds.robustness_report import Sheet
 from lorasc_ds.study.plan import Row
 from lorasc_ds.study.records import Outcomes, Record
-from lorasc_ds.study.results import LEVEL, Results, at_every_rate, metric_of, score_of, values_of
+from lorasc_ds.study.results import LEVEL, Results, at_every_rate, corrected, metric_of, score_of, values_of
 from lorasc_ds.study.selection import choose
-from lorasc_ds.study.statistics import TEST, Comparison, compare, holm
+from lorasc_ds.study.statistics import TEST, Comparison, compare
 from lorasc_ds.study.tables import difference_text, is_plain, number, spread_text
 
 
@@ -75,22 +75,20 @@ def stability_sheets(results: Results) -> list[Sheet]:
         theirs = found.get((task, baseline, name))
         if label != baseline and theirs is not None:
             compared[task, label, name] = compare(one.means, theirs.means, one.outcomes, theirs.outcomes)
-    tested = {key: one for key, one in compared.items() if one.p is not None}
-    p_values = dict(zip(tested, holm([one.p or 0.0 for one in tested.values()]), strict=True))
+    tested = corrected(compared)
 
     def text(task: str, label: str, name: str) -> str:
         one, score = found.get((task, label, name)), score_of(study, task, name)
         if one is None:
             states = [run.state for runs in chosen[task, label].values() for run in runs]
             return f"failed {states.count('failed')}/{len(states)}" if "failed" in states else "-"
-        significant = p_values.get((task, label, name), 1.0) < LEVEL
-        mark = "" if not significant else " ↑" if compared[task, label, name].difference > 0 else " ↓"
+        mark = tested[task, label, name].mark if (task, label, name) in tested else ""
         return f"{spread_text(score, one.means)} (worst {number(score, one.worst)}){mark}"
 
     listed = "; ".join(f"{task}: {', '.join(f'{rate:g}' for rate in of_task)}" for task, of_task in rates.items())
     notes = (
         f"mean over the learning rates that all rows have tried, ± over seeds, and the worst of them; {listed}",
-        f"↑ ↓: higher or lower than {baseline}, p < {LEVEL}; {TEST.replace('of the study', 'of this kind')}",
+        f"↑ ↓: higher or lower than {baseline}, p < {LEVEL}; {TEST}",
     )
     return [
         Sheet(

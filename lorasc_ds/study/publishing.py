@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,12 +14,9 @@ from lorasc_ds.errors import ConfigError
 from lorasc_ds.robustness_report import Sheet
 from lorasc_ds.study.plan import Run
 from lorasc_ds.study.records import Outcomes, Record
-from lorasc_ds.study.results import score_of
-from lorasc_ds.study.study_config import StudyConfig
 from lorasc_ds.study.worker import Job
 
-DIGITS = 6  # of a score that is kept
-FACTS = ("weights_sha256", "ledger_sha256", "steps", "experts", "device", "world_size", "seconds", "peak_memory_bytes")
+RESULTS = "results.jsonl"
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,29 +24,38 @@ class Published:
     """The content of a `results.jsonl` and of the files beside it.
 
     Args:
-        lines: digest of a run -> its line.
-        environments, examples: what the lines' numbers stand for.
+        lines: digest of a run -> its line, but for those that are not there yet.
+        outcomes: digest -> score -> example -> its metric.
+        environments: by what the runs were computed, by position.
     """
 
+    file: Path
     lines: Mapping[str, Mapping[str, Any]]
+    outcomes: Mapping[str, Mapping[str, Outcomes]]
     environments: Sequence[Mapping[str, Any]]
-    examples: Sequence[Sequence[str]]
 
     def record(self, run: Run, job: Job) -> Record:
-        """The record of a run as it was kept; missing where it was not."""
+        """The record of a run as it was kept; missing where it was not, or not all that the job asks for."""
         line = self.lines.get(run.digest, {"state": "missing"})
         if line["state"] != "done":
             return Record(run, job, line["state"], line.get("exit_code"), line.get("message", ""))
-        facts = {key: line[key] for key in FACTS if key in line}
-        outcomes = {score: self.outcomes(*of_score) for score, of_score in line.get("outcomes", {}).items()}
-        environment = self.environment(line)
-        return Record(run, job, "done", 0, "", line["dev"], line["scores"], facts, environment, outcomes)
-
-    def outcomes(self, examples: int, values: str | Sequence[float]) -> Outcomes:
-        return dict(zip(self.examples[examples], map(float, values), strict=True))
-
-    def environment(self, line: Mapping[str, Any]) -> Mapping[str, Any] | None:
-        return self.environments[line["environment"]] if "environment" in line else None
+        if (job.evaluate is not None and line.get("evaluation") != job.evaluation.name) or (
+            job.inspect and "experts" not in line
+        ):
+            return Record(run, job, "missing")
+        return Record(
+            run,
+            job,
+            "done",
+            0,
+            "",
+            dev=numbers(line.get("dev")),
+            scores=numbers(line["scores"]),
+            facts=line["facts"],
+            environment=self.environments[line["environment"]] if "environment" in line else None,
+            experts=line.get("experts"),
+            kept=self.outcomes[run.digest],
+        )
 
 
 def load(file: Path, flag: str) -> Published:
@@ -60,30 +67,46 @@ def load(file: Path, flag: str) -> Published:
         ConfigError: the file or one beside it cannot be read.
     """
     try:
-        lines = [json.loads(line) for line in file.read_text().splitlines()]
         environments = json.loads(file.with_name("environments.json").read_text())["environments"]
         examples = json.loads(file.with_name("examples.json").read_text())["examples"]
-    except (OSError, ValueError, KeyError) as error:
-        message = f"{flag} {file}: {error}; name a results.jsonl with its environments.json and examples.json"
-        raise ConfigError(message) from None
-    return Published({line["digest"]: line for line in lines}, environments, examples)
+        lines, outcomes = {}, {}
+        for line in map(json.loads, file.read_text().splitlines()):
+            if line["state"] == "missing":
+                continue
+            digest, needed = line["digest"], {"scores", "facts"} if line["state"] == "done" else set()
+            if not needed <= line.keys() or line.get("environment", -1) >= len(environments):
+                raise ValueError(f"the run {digest} is not whole")
+            lines[digest] = line
+            outcomes[digest] = {
+                score: dict(zip(examples[position], map(float, values), strict=True))
+                for score, (position, values) in line.get("outcomes", {}).items()
+            }
+    except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
+        raise ConfigError(
+            f"{flag} {file}: cannot be read ({type(error).__name__}: {error}): a results.jsonl of launch/study.py is"
+            " needed, with its environments.json and examples.json"
+        ) from None
+    return Published(file, lines, outcomes, environments)
 
 
-def publish(folder: Path, study: StudyConfig, records: Sequence[Record]) -> Published:
+def publish(folder: Path, title: str, records: Sequence[Record]) -> Published:
     """Write `results.jsonl`, a line for every run in the order of the plan, `environments.json` and `examples.json`.
 
-    A line's `environment` is the position of what it was computed by. Its `outcomes` are those of every score that the
-    study reports: the position of the examples' ids, and a value for each, as text where all are 0 or 1.
+    A line's `environment` is the position of what it was computed by. Its `outcomes` are those of every score that is a
+    mean over examples: the position of the examples' ids, and a value for each, as text where all are 0 or 1.
     """
     environments = [one for one, _ in environments_of(records)]
     examples: dict[tuple[str, ...], int] = {}
-    lines = [json.dumps(line_of(one, study, environments, examples), ensure_ascii=False) for one in records]
-    computed_by = json.dumps({"study": study.title, "environments": environments}, indent=1)
-    write_atomically(folder / "environments.json", f"{computed_by}\n".encode())
-    ids = json.dumps({"study": study.title, "examples": [*examples]}, ensure_ascii=False)
-    write_atomically(folder / "examples.json", f"{ids}\n".encode())
-    write_atomically(folder / "results.jsonl", "".join(f"{line}\n" for line in lines).encode())
-    return load(folder / "results.jsonl", "--output_dir")
+    lines = [strict_json(line_of(one, environments, examples)) for one in records]
+    computed = json.dumps({"study": title, "environments": environments}, indent=1)
+    write_atomically(folder / "environments.json", f"{computed}\n".encode())
+    write_atomically(folder / "examples.json", f"{strict_json({'study': title, 'examples': [*examples]})}\n".encode())
+    write_atomically(folder / RESULTS, "".join(f"{line}\n" for line in lines).encode())
+    return load(folder / RESULTS, "--output_dir")
+
+
+def strict_json(content: Mapping[str, Any]) -> str:
+    return json.dumps(content, ensure_ascii=False, allow_nan=False)
 
 
 def environments_of(records: Sequence[Record]) -> list[tuple[Mapping[str, Any], int]]:
@@ -94,10 +117,7 @@ def environments_of(records: Sequence[Record]) -> list[tuple[Mapping[str, Any], 
 
 
 def line_of(
-    record: Record,
-    study: StudyConfig,
-    environments: Sequence[Mapping[str, Any]],
-    examples: dict[tuple[str, ...], int],
+    record: Record, environments: Sequence[Mapping[str, Any]], examples: dict[tuple[str, ...], int]
 ) -> dict[str, Any]:
     """Without what a run does not have.
 
@@ -113,30 +133,35 @@ def line_of(
         "state": record.state,
         "exit_code": record.exit_code or None,
         "message": record.message or None,
-        "dev": rounded(record.dev),
-        "scores": rounded(record.scores),
-        "outcomes": outcomes_of(record, study, examples) or None,
-        **(record.facts or {}),
+        "dev": texts_or_numbers(record.dev),
+        "scores": texts_or_numbers(record.scores),
+        "outcomes": outcomes_of(record, examples) or None,
+        "experts": record.experts,
+        "evaluation": None if record.job.evaluate is None else record.job.evaluation.name,
+        "facts": record.facts,
         "environment": environments.index(record.environment) if record.environment else None,
     }
     return {key: value for key, value in line.items() if value is not None}
 
 
-def rounded(scores: Mapping[str, float] | None) -> dict[str, float] | None:
-    return None if scores is None else {name: float(f"{value:.{DIGITS}g}") for name, value in scores.items()}
+def texts_or_numbers(scores: Mapping[str, float] | None) -> dict[str, float | str] | None:
+    """JSON has no number for what is not finite."""
+    return None if scores is None else {key: one if math.isfinite(one) else str(one) for key, one in scores.items()}
 
 
-def outcomes_of(
-    record: Record, study: StudyConfig, examples: dict[tuple[str, ...], int]
-) -> dict[str, tuple[int, str | list[float]]]:
-    """Of the scores that the study reports and that are means over examples."""
-    found: dict[str, tuple[int, str | list[float]]] = {}
-    for score in (score_of(study, record.run.task, name) for name in study.scores):
-        outcomes = record.outcomes(score) if record.state == "done" else None
+def numbers(scores: Mapping[str, float | str] | None) -> dict[str, float] | None:
+    return None if scores is None else {key: float(one) for key, one in scores.items()}
+
+
+def outcomes_of(record: Record, examples: dict[tuple[str, ...], int]) -> dict[str, tuple[int, str | list[float | str]]]:
+    found: dict[str, tuple[int, str | list[float | str]]] = {}
+    for score in record.scores or ():
+        outcomes = record.outcomes(score)
         if outcomes is not None:
             position = examples.setdefault(tuple(outcomes), len(examples))
-            values = [float(f"{value:.{DIGITS}g}") for value in outcomes.values()]
-            found[score] = position, "".join(f"{one:.0f}" for one in values) if {*values} <= {0.0, 1.0} else values
+            whole = {*outcomes.values()} <= {0.0, 1.0}
+            values = [*(texts_or_numbers(outcomes) or {}).values()]
+            found[score] = position, "".join(f"{one:.0f}" for one in outcomes.values()) if whole else values
     return found
 
 

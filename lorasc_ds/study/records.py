@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from statistics import fmean
 from typing import Any, Literal
 
 from lorasc_ds.algorithm.files import sha256_of_file
@@ -15,6 +14,7 @@ from lorasc_ds.run_directory import state_of
 from lorasc_ds.study.plan import Run
 from lorasc_ds.study.worker import Job, is_complete
 
+OF_EXPERTS = ("expert", "bound", "effective_rank", "stable_rank", "numerical_rank")  # `inspection_rows.Row`
 DIVERGED = 3  # exit code
 State = Literal["done", "failed", "missing"]
 Outcomes = Mapping[str, float]  # example -> its metric
@@ -31,7 +31,8 @@ class Record:
         scores: SPLIT/METRIC -> value of what is reported, dev left out.
         facts: digests, time, memory.
         environment: commit, versions, machine.
-        kept: score -> its outcomes, where the record was read from a `results.jsonl`.
+        experts: measure of the ledger -> its value after every expert that was looked at; None: not inspected.
+        kept: score -> its outcomes, where the record was read from a `results.jsonl` and not from the run's directory.
     """
 
     run: Run
@@ -43,6 +44,7 @@ class Record:
     scores: Mapping[str, float] | None = None
     facts: Mapping[str, Any] | None = None
     environment: Mapping[str, Any] | None = None
+    experts: Mapping[str, Sequence[float]] | None = None
     kept: Mapping[str, Outcomes] | None = None
 
     def score(self, name: str) -> float | None:
@@ -58,8 +60,10 @@ class Record:
             return self.kept.get(name)
         *task, split, metric = name.split("/")
         if task:
-            return of_evaluation(self.job.evaluation / "records.jsonl", "/".join(task), split, metric)
-        return of_run(self.job.directory / "examples.json", split, metric)
+            metrics = metrics_of_evaluation(self.job.evaluation / "records.jsonl").get(("/".join(task), split), {})
+            return {example: of_one[metric] for example, of_one in metrics.items() if metric in of_one} or None
+        found = examples_of_run(self.job.directory / "examples.json").get(split, {})
+        return dict(zip(found["id"], found[metric], strict=True)) if metric in found else None
 
 
 def read(run: Run, job: Job) -> Record:
@@ -73,8 +77,8 @@ def read(run: Run, job: Job) -> Record:
         summary = json.loads((directory / "summary.json").read_text())
         found = content_of(directory / "environment.json")
         environment = {key: found.get(key) for key in ENVIRONMENT}
-        dev, scores, facts = summary["eval"]["dev"], scores_of(job, summary), facts_of(job, summary)
-        return Record(run, job, "done", 0, "", dev, scores, facts, environment)
+        dev, scores, facts = summary["eval"].get("dev"), scores_of(job, summary), facts_of(job, summary)
+        return Record(run, job, "done", 0, "", dev, scores, facts, environment, experts_of(job))
     status = content_of(directory / "status.json")
     if ended.get("exit_code"):
         return Record(run, job, "failed", ended["exit_code"], ended["message"])
@@ -102,19 +106,17 @@ def scores_of(job: Job, summary: Mapping[str, Any]) -> dict[str, float]:
     if job.inspect:
         last = content_of(job.inspection)["mean"][-1]
         found |= {f"ledger/{key}": value for key, value in last.items() if isinstance(value, int | float)}
-    return found | training_loss(job.directory)
+    return found
+
+
+def experts_of(job: Job) -> dict[str, list[float]] | None:
+    """What an inspection measured of the total update after every expert, means over the weights."""
+    rows = content_of(job.inspection)["mean"] if job.inspect else None
+    return None if rows is None else {key: [row[key] for row in rows] for key in OF_EXPERTS}
 
 
 def flat(splits: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
     return {f"{split}/{metric}": value for split, metrics in splits.items() for metric, value in metrics.items()}
-
-
-def training_loss(directory: Path) -> dict[str, float]:
-    """`train/loss`, the mean of the recorded losses of the last epoch, where there are any."""
-    lines = (directory / "metrics.jsonl").read_text().splitlines()
-    steps = [one for one in map(json.loads, lines) if one["event"] == "step"]
-    last = [one["loss"] for one in steps if one["epoch"] > steps[-1]["epoch"] - 1]
-    return {"train/loss": fmean(last)} if last else {}
 
 
 def facts_of(job: Job, summary: Mapping[str, Any]) -> dict[str, Any]:
@@ -132,15 +134,15 @@ def facts_of(job: Job, summary: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @cache
-def of_run(file: Path, split: str, metric: str) -> Outcomes | None:
-    """From `examples.json` of a run."""
-    found = content_of(file).get(split, {})
-    return dict(zip(found["id"], found[metric], strict=True)) if metric in found else None
+def examples_of_run(file: Path) -> dict[str, Any]:
+    """Split -> ids and metrics, each a list, from `examples.json` of a run."""
+    return content_of(file)
 
 
 @cache
-def of_evaluation(file: Path, task: str, split: str, metric: str) -> Outcomes | None:
-    """From `records.jsonl` of an evaluation."""
-    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-    mine = [row for row in rows if (row["task"], row.get("split")) == (task, split) and metric in row["metrics"]]
-    return {row["id"]: row["metrics"][metric] for row in mine} or None
+def metrics_of_evaluation(file: Path) -> dict[tuple[str, str], dict[str, dict[str, float]]]:
+    """Task and split -> example -> its metrics, from `records.jsonl` of an evaluation."""
+    found: dict[tuple[str, str], dict[str, dict[str, float]]] = {}
+    for row in map(json.loads, file.read_text().splitlines()) if file.exists() else ():
+        found.setdefault((row["task"], row.get("split")), {})[row["id"]] = row["metrics"]
+    return found

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
 
-from lorasc_ds.study.plan import Choice, Row, baseline_of, rows_of
+from lorasc_ds.study.plan import Choice, Row, baseline_of, label_of, rows_of, short
 from lorasc_ds.study.records import Record
 from lorasc_ds.study.selection import choose
 from lorasc_ds.study.statistics import Comparison, compare, holm
@@ -57,6 +57,16 @@ class Tested:
         return "" if self.p >= LEVEL else " ↑" if self.comparison.difference > 0 else " ↓"
 
 
+def corrected(compared: Mapping[tuple[str, str, str], Comparison]) -> dict[tuple[str, str, str], Tested]:
+    """Those that can be tested, by (task, row's label, name of the score); corrected over all that share the score."""
+    found: dict[tuple[str, str, str], Tested] = {}
+    for name in dict.fromkeys(name for _, _, name in compared):
+        p_values = {key: one.p for key, one in compared.items() if key[2] == name and one.p is not None}
+        adjusted = zip(p_values, holm([*p_values.values()]), strict=True)
+        found |= {key: Tested(compared[key], p) for key, p in adjusted}
+    return found
+
+
 @dataclass(frozen=True, slots=True)
 class Results:
     """Args:
@@ -67,6 +77,13 @@ class Results:
     rows: tuple[Row, ...]
     cells: Mapping[tuple[str, str], Cell]
     tested: Mapping[tuple[str, str, str], Tested]
+
+    @property
+    def baseline(self) -> str:
+        """What rows are compared with, in words; see `plan.baseline_of`."""
+        first = self.rows[0]
+        name = label_of(self.study, first.adapter, first.strategy, None)
+        return name if first.sweep is None else f"{name} at the same {short(first.sweep[0])}"
 
 
 def score_of(study: StudyConfig, task: str, name: str) -> str:
@@ -94,9 +111,7 @@ def results_of(study: StudyConfig, records: Sequence[Record]) -> Results:
         if row != baseline:
             found = against(cells[task, row.label], cells[task, baseline.label], score_of(study, task, name))
             compared |= {} if found is None else {(task, row.label, name): found}
-    p_values = {key: one.p for key, one in compared.items() if one.p is not None}
-    adjusted = zip(p_values, holm([*p_values.values()]), strict=True)
-    return Results(study, rows, cells, {key: Tested(compared[key], p) for key, p in adjusted})
+    return Results(study, rows, cells, corrected(compared))
 
 
 def cell_of(study: StudyConfig, task: str, row: Row, records: Sequence[Record]) -> Cell:
@@ -131,6 +146,12 @@ def at_every_rate(cell: Cell) -> dict[float, list[Record]]:
         if RATE in choice and cell.choice is not None and choice | {RATE: None} == rest:
             found.setdefault(float(choice[RATE]), []).append(record)
     return found
+
+
+def values_by_rate(cell: Cell, score: str) -> dict[float, list[float]]:
+    """A score by seed at every learning rate where all seeds have it, with the rest of the choice as dev made it."""
+    found = {rate: values_of(records, score) for rate, records in at_every_rate(cell).items()}
+    return {rate: values for rate, values in found.items() if values}
 
 
 def spread(values: Iterable[float]) -> tuple[float, float | None]:

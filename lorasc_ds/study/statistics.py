@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
@@ -11,7 +12,7 @@ TEST = (
     "paired t-tests (scipy.stats.ttest_1samp on differences to the baseline's row), two-sided: one over the seeds, one"
     " over the examples with their differences averaged over the seeds (a sign test where all differences are equal);"
     " the larger of the two p counts, so that a difference has to hold for other seeds and for other examples;"
-    " corrected by Holm over all comparisons of the study"
+    " corrected by Holm over all comparisons of a score"
 )
 
 
@@ -21,7 +22,8 @@ class Comparison:
 
     Args:
         difference: of the means over the seeds.
-        p_seeds, p_examples: of the two tests; None: too few seeds, or a score that is not a mean over examples.
+        p_seeds, p_examples: of the two tests; None: fewer than two seeds, or a score that is not a mean over examples
+            that are the same on both sides, or one that is not finite.
         p: the larger of them; None where there is no test over the seeds.
     """
 
@@ -45,18 +47,24 @@ def compare(
     by_seed = [ours - theirs for ours, theirs in zip(scores, baseline, strict=True)]
     by_example: dict[str, list[float]] = {}
     for ours, theirs in zip(outcomes, outcomes_of_baseline, strict=True):
-        for example in (ours or {}).keys() & (theirs or {}).keys():
-            by_example.setdefault(example, []).append((ours or {})[example] - (theirs or {})[example])
+        if ours is None or theirs is None or ours.keys() != theirs.keys():
+            by_example.clear()
+            break
+        for example, outcome in ours.items():
+            by_example.setdefault(example, []).append(outcome - theirs[example])
     p_seeds, p_examples = p_of(by_seed), p_of([fmean(by_example[example]) for example in sorted(by_example)])
     p = None if p_seeds is None else max(p_seeds, p_examples or 0.0)
     return Comparison(fmean(by_seed), p_seeds, p_examples, p)
 
 
 def p_of(differences: Sequence[float]) -> float | None:
-    """Two-sided, of the one-sample t-test that the mean is 0; of the sign test where all are equal; None below two."""
+    """Two-sided, of the one-sample t-test that the mean is 0; of the sign test where all are equal.
+
+    None for fewer than two, and where one is not finite.
+    """
     from scipy.stats import ttest_1samp  # takes a second to import
 
-    if len(differences) < 2:
+    if len(differences) < 2 or not all(map(math.isfinite, differences)):
         return None
     if len({round(one, 12) for one in differences}) == 1:  # t has no spread to go by, but the signs have
         return 2.0 ** (1 - len(differences)) if round(differences[0], 12) else 1.0

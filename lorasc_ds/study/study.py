@@ -8,6 +8,7 @@ from pathlib import Path
 
 from lorasc_ds import run_directory
 from lorasc_ds.algorithm.files import write_atomically
+from lorasc_ds.errors import ConfigError
 from lorasc_ds.memory import gpu_bytes
 from lorasc_ds.robustness_report import Sheet, as_markdown, as_text
 from lorasc_ds.study import figures, hparams, publishing, records, slurm
@@ -16,6 +17,7 @@ from lorasc_ds.study.estimate import estimate
 from lorasc_ds.study.options import StudyOptions
 from lorasc_ds.study.overview import best_sheets, stability_sheets
 from lorasc_ds.study.plan import Run, text_of
+from lorasc_ds.study.publishing import Published
 from lorasc_ds.study.records import DIVERGED, Record
 from lorasc_ds.study.results import results_of
 from lorasc_ds.study.study_config import StudyConfig
@@ -30,7 +32,9 @@ def carry_out(options: StudyOptions) -> int:
     Raises:
         ConfigError: the directory cannot be used, or Slurm refuses.
     """
-    found = read(options)
+    known = None if options.known is None else publishing.load(options.known, "--known")
+    published = None if options.against is None else publishing.load(options.against, "--against")
+    found = read(options, known)
     jobs = to_do(options, found)
     states = {one.run.digest: one.state for one in found}
     done = sum(state == "done" for state in states.values())
@@ -38,6 +42,7 @@ def carry_out(options: StudyOptions) -> int:
     if options.dry_run:
         print("\n".join(estimate(found, gpu_bytes(options.gpu_memory), options.at_once)))
         return 0
+    refuse_to_lose(options, found)
     options.output_dir.mkdir(parents=True, exist_ok=True)
     if options.slurm is not None:
         print(slurm.submit(jobs, options.output_dir, options.slurm))
@@ -45,20 +50,41 @@ def carry_out(options: StudyOptions) -> int:
     if jobs and not options.collect:
         with run_directory.locked(options.output_dir):
             run_here(jobs, {options.directory(run): run for run in options.runs}, options.at_once)
-        found = read(options)
+        found = read(options, known)
     tell(options, found)
-    wrong = [] if options.against is None else [*disagreements(publishing.load(options.against, "--against"), found)]
+    wrong = [] if published is None else [*disagreements(published, found)]
     print("".join(f"differs   {line}\n" for line in wrong), end="")
     return int(bool(wrong) or any(one.state == "failed" for one in found))
 
 
-def read(options: StudyOptions) -> list[Record]:
+def read(options: StudyOptions, known: Published | None = None) -> list[Record]:
     """What is there of every run, in its directory or else among the known results."""
-    known = None if options.known is None else publishing.load(options.known, "--known")
-    found = [records.read(run, job_of(options, run)) for run in options.runs]
-    if known is None:
-        return found
-    return [known.record(one.run, one.job) if one.state == "missing" else one for one in found]
+
+    def record(run: Run) -> Record:
+        job = job_of(options, run)
+        here = records.read(run, job)
+        there = here if known is None else known.record(run, job)
+        return there if here.state == "missing" or (here.state, there.state) == ("failed", "done") else here
+
+    return [record(run) for run in options.runs]
+
+
+def refuse_to_lose(options: StudyOptions, found: Sequence[Record]) -> None:
+    """
+    Raises:
+        ConfigError: the results in the output folder are of runs that are nowhere else and would not be written again.
+    """
+    file = options.output_dir / publishing.RESULTS
+    if not file.exists():
+        return
+    ours = {one.run.digest for one in found if one.state == "done" or not options.collect}
+    done = {digest for digest, line in publishing.load(file, "--output_dir").lines.items() if line["state"] == "done"}
+    lost = [digest for digest in done - ours if not any((options.output_dir / "runs").glob(f"*-{digest[:12]}"))]
+    if lost:
+        raise ConfigError(
+            f"--output_dir {options.output_dir}: its {file.name} holds {len(lost)} finished runs that are nowhere else"
+            " and no part of this command: name another folder, or move that file away"
+        )
 
 
 def job_of(options: StudyOptions, run: Run) -> Job:
@@ -92,7 +118,7 @@ def run_here(jobs: Sequence[Job], runs: Mapping[Path, Run], at_once: int) -> Non
 def tell(options: StudyOptions, found: Sequence[Record]) -> None:
     """Write what the runs came to, tables and figures of what was written, and print the tables."""
     study, folder = options.study, options.output_dir
-    published = publishing.publish(folder, study, found)
+    published = publishing.publish(folder, study.title, found)
     kept = [published.record(one.run, one.job) for one in found]
     results, every = results_of(study, kept), tables(study, kept)
     write_atomically(folder / "tables.md", as_markdown([*every, publishing.computed_by(kept)]).encode())

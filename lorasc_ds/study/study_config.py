@@ -54,8 +54,8 @@ class StudyConfig(Section):
     grid: Axes = Field(default_factory=dict, description="Values of which dev chooses, for all runs.")
     seeds: Annotated[tuple[int, ...], Field(strict=False, min_length=1)] = Field(description="training.seed of each.")
     scores: dict[str, str] = Field(
-        description="What is reported: name -> SPLIT/METRIC of the run, TASK/SPLIT/METRIC of `evaluate`, train/loss of"
-        " the last epoch, ledger/MEASURE of `inspect`, or the difference `A - B` of two of them.",
+        description="What is reported: name -> SPLIT/METRIC of the run, TASK/SPLIT/METRIC of `evaluate`, ledger/MEASURE"
+        " of `inspect`, or the difference `A - B` of two of them.",
         min_length=1,
     )
     trade_off: Annotated[tuple[str, str], Field(strict=False)] | None = Field(
@@ -88,9 +88,9 @@ class StudyConfig(Section):
                     f"tasks.{name}.scores names {', '.join(task.scores)}: the study's names are needed,"
                     f" {', '.join(self.scores)}"
                 )
-        for name in self.trade_off or ():
-            if name not in self.scores:
-                raise ValueError(f"trade_off names {name!r}: two of {', '.join(self.scores)} are needed")
+        if self.trade_off is not None and len({*self.trade_off} & self.scores.keys()) < 2:
+            named, known = ", ".join(self.trade_off), ", ".join(self.scores)
+            raise ValueError(f"trade_off names {named}: two different ones of {known} are needed")
         for name in (*self.tasks, *self.adapters, *self.strategies):
             if "," in name:  # of the command line's lists
                 raise ValueError(f"the name {name!r} has a comma: write it without")

@@ -8,12 +8,16 @@ from typing import Any
 
 from lorasc_ds.robustness_report import Sheet
 from lorasc_ds.study.paper import TABLES, Quoted
-from lorasc_ds.study.plan import Choice, Row, baseline_of, short, text_of
-from lorasc_ds.study.results import LEVEL, Cell, Results, metric_of, score_of, spread
+from lorasc_ds.study.plan import Row, baseline_of, short, text_of
+from lorasc_ds.study.results import LEVEL, RATE, Cell, Results, metric_of, score_of, spread
 from lorasc_ds.study.statistics import TEST
 
 PLAIN_NUMBERS = {"loss", "perplexity", "mce", "ledger"}  # in the names of scores that are no shares
 AT_AN_END = "†"
+OF_P = (
+    "in brackets p before the correction",
+    "(seeds): tested over the seeds alone, since it is no mean over examples that both sides share",
+)
 LATEX = {"\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "_": r"\_", "#": r"\#", "±": r"$\pm$"}
 LATEX |= {
     "†": r"$\dagger$",
@@ -51,7 +55,7 @@ def score_sheets(results: Results) -> list[Sheet]:
     notes = (
         f"mean ± standard deviation over {len(seeds)} seeds ({', '.join(map(str, seeds))}); hyper-parameters chosen by"
         " dev",
-        f"↑ ↓: higher or lower than {results.rows[0].label}, p < {LEVEL} (below)",
+        f"↑ ↓: higher or lower than {results.baseline}, p < {LEVEL} (below)",
         *incomplete(results),
     )
 
@@ -79,8 +83,8 @@ def score_text(results: Results, task: str, row: Row, name: str) -> str:
     if not values:
         return f"failed {cell.count('failed')}/{len(cell.every)}" if cell.count("failed") else "-"
     tested = results.tested.get((task, row.label, name))
-    mark = "" if tested is None or tested.p >= LEVEL else " ↑" if tested.comparison.difference > 0 else " ↓"
-    return spread_text(score, values) + mark
+    failed = f" ({cell.count('failed')} failed)" if cell.count("failed") else ""
+    return spread_text(score, values) + ("" if tested is None else tested.mark) + failed
 
 
 def spread_text(score: str, values: Sequence[float]) -> str:
@@ -130,8 +134,7 @@ def difference_sheets(results: Results) -> list[Sheet]:
             (row.label, *(difference_text(results, task, row.label, name) for _, task, name in columns)) for row in rows
         ]
         head = ("method", *(column for column, _, _ in columns))
-        notes = (TEST, "(seeds): a score that is no mean over examples, tested over the seeds alone")
-        found.append(Sheet(f"differences to {results.rows[0].label}, {title}", head, tuple(cells), notes))
+        found.append(Sheet(f"differences to {results.baseline}, {title}", head, tuple(cells), (TEST, *OF_P)))
     return found
 
 
@@ -141,7 +144,7 @@ def difference_text(results: Results, task: str, label: str, name: str) -> str:
         return "-"
     difference = number(score_of(results.study, task, name), tested.comparison.difference, "+")
     only = " (seeds)" if tested.comparison.p_examples is None else ""
-    return f"{difference}, p {tested.p:.2g}{only}"
+    return f"{difference}, p {tested.p:.2g} ({tested.comparison.p:.2g}){only}"
 
 
 def choice_sheet(results: Results) -> Sheet:
@@ -152,24 +155,23 @@ def choice_sheet(results: Results) -> Sheet:
         if cell.choice is None:
             return "-"
         metric = metric_of(results.study, task)
-        return f"{choice_text(cell, cell.choice)} (dev {spread_text(metric, cell.dev(metric))})".strip()
+        return f"{choice_text(cell)} (dev {spread_text(metric, cell.dev(metric))})".strip()
 
     rows = [(row.label, *(text(results.cells[task, row.label], task) for task in study.tasks)) for row in results.rows]
-    notes = [f"{AT_AN_END}: the first or last of those tried; beyond there may be a better one"]
+    notes = [f"{AT_AN_END}: the lowest or highest that was tried; beyond there may be a better one"]
     notes = notes if any(AT_AN_END in text for row in rows for text in row) else []
     notes.append("a point of the grid with a run that failed is not chosen")
     return Sheet("chosen by dev", ("method", *study.tasks), tuple(rows), tuple(notes))
 
 
-def choice_text(cell: Cell, choice: Choice) -> str:
-    """With a mark at a number that is the least or the largest of three or more."""
+def choice_text(cell: Cell) -> str:
+    """With a mark at a learning rate that is the lowest or the highest of those tried."""
+    rates = {dict(one.run.choice).get(RATE) for one in cell.every}
 
     def mark(key: str, value: Any) -> str:
-        tried = {dict(one.run.choice)[key] for one in cell.every}
-        numbers = all(isinstance(one, int | float) for one in tried)
-        return AT_AN_END if len(tried) > 2 and numbers and value in (min(tried), max(tried)) else ""
+        return AT_AN_END if key == RATE and len(rates) > 1 and value in (min(rates), max(rates)) else ""
 
-    return ", ".join(f"{short(key)} {text_of(value)}{mark(key, value)}" for key, value in choice)
+    return ", ".join(f"{short(key)} {text_of(value)}{mark(key, value)}" for key, value in cell.choice or ())
 
 
 def failure_sheets(results: Results) -> list[Sheet]:

@@ -23,7 +23,7 @@ def differences_figure(results: Results, rows: Sequence[Row]) -> Any:
     figure, ((*axes,),) = grid_of(
         f"{study.title}: difference to {baseline}", 1, len(study.scores), width=2.4, height=height
     )
-    look, lines = styles([row.label for row in rows]), {}
+    look, lines = styles([row.label for row in results.rows]), {}
     for name, axis in zip(study.scores, axes, strict=True):
         for (at, row), (down, task) in product(enumerate(rows), enumerate(tasks)):
             score = score_of(study, task, name)

@@ -8,7 +8,7 @@ from typing import Any
 from lorasc_ds.study.tables import is_plain
 
 MARKS = ("o-", "s--", "^:", "D-.", "v-", "P--", "X:", "*-.")
-GREYS = ("0.0", "0.45", "0.65")  # as many as share no divisor with the marks: 24 rows before two are alike
+GREYS = ("0.0", "0.55", "0.3")  # as many as share no divisor with the marks: 24 rows before two are alike
 LEGEND: dict[str, Any] = {"loc": "outside lower center", "frameon": False, "fontsize": 8, "title_fontsize": 8}
 
 

@@ -104,12 +104,18 @@ def finished_summary(directory: Path) -> dict[str, Any] | None:
         ) from error
 
 
-def state_of(directory: Path) -> str | None:
-    """What `status.json` says; None where it is missing or damaged."""
+def status_of(directory: Path) -> dict[str, Any]:
+    """What `status.json` says; nothing where it is missing or damaged."""
     try:
-        return json.loads((directory / "status.json").read_text())["state"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+        status = json.loads((directory / "status.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return status if isinstance(status, dict) else {}
+
+
+def state_of(directory: Path) -> str | None:
+    """The state in `status.json`; None where it is missing or damaged."""
+    return status_of(directory).get("state")
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,9 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 from slurm_cluster import NODES, PATH, Cluster, missing_programs
+
+from lorasc_ds.study.slurm import write
+from lorasc_ds.study.worker import Job
 
 pytestmark = pytest.mark.timeout(600)  # the waits have limits of their own
 
@@ -107,31 +111,105 @@ def test_two_nodes_train_the_quickstart_and_go_on_after_a_requeue(cluster: Clust
 
 
 def test_a_study_is_completed_as_an_array_of_two_node_runs(cluster: Cluster, tmp_path: Path) -> None:
-    """Submitted, trained, measured, collected; a second time there is nothing to submit."""
+    """Submitted once, trained, measured, collected; what failed in training or after it is shown with its reason."""
     study = {
         "title": "By Slurm",
         "recipe": str(ROOT / "launch" / "recipes" / "quickstart.yaml"),
         "set": {"task.train_examples": 12, "task.dev_examples": 8, "task.test_examples": 10, "training.epochs": 2,
                 "training.evaluate": "end", "training.save_model": False, "tracking.tensorboard": False},
         "tasks": {"mirrored": {}},
-        "strategies": {"LoRA": {"set": {"cascade.strategy": "lora"}}, "LoRASC": {}},
-        "scores": {"new": "new_domain/accuracy", "rank": "ledger/bound"},
+        "strategies": {
+            "LoRASC": {},
+            "diverges": {"set": {"cascade.max_boundary_drift": 1e-12}},
+            "is not scored": {"set": {"model.dtype": "bfloat16"}},
+        },
+        "scores": {"new": "new_domain/accuracy", "rotated": "digits/new_domain/accuracy", "rank": "ledger/bound"},
+        "evaluate": {"tasks": "digits", "digits.domain": "rotated", "digits.test_examples": 4, "splits": "new_domain",
+                     "dtype": "float32"},
         "inspect": True,
         "seeds": [0],
     }  # fmt: skip
     (tmp_path / "study.yaml").write_text(json.dumps(study))
     command = [sys.executable, "launch/study.py", str(tmp_path / "study.yaml"), "--output_dir", str(tmp_path / "out")]
     variables = {"PATH": f"{BIN}:{PATH}", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    said = cluster.run(*command, "--slurm=--nodes=2", cwd=ROOT, **variables)
-    assert "submitted 2 runs as array" in said
-    cluster.wait("the end of both runs", lambda: not cluster.run("squeue", "--noheader"), seconds=200)
-    said = cluster.run(*command, "--collect", cwd=ROOT, **variables)
+    held = "--slurm=--nodes=2 --hold --comment='by a study'"
+    said = cluster.run(*command, held, cwd=ROOT, **variables)
+    (job,) = re.findall(r"submitted 3 runs as array (\d+), ", said)
+    assert cluster.run("squeue", "--noheader", "--format=%k", f"--jobs={job}") == "by a study"
+    said = cluster.run(*command, held, cwd=ROOT, **variables)
+    assert f"left out 3 runs that are queued or running as array {job}\nnothing is left to submit" in said
+
+    cluster.run("scontrol", "release", job)
+    cluster.wait("the end of the runs", lambda: not cluster.run("squeue", "--noheader"), seconds=200)
+    ended = subprocess.run([*command, "--collect"], cwd=ROOT, env=cluster.environment | variables, check=False)
+    assert ended.returncode == 1, "two runs failed"
     logs = [file.read_text() for file in sorted((tmp_path / "out" / "slurm").glob("*/*.log"))]
-    lines = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
-    assert [(line["state"], line["world_size"], line["scores"]["ledger/bound"]) for line in lines] == [
-        ("done", 2, 8.0), ("done", 2, 16.0)
-    ], logs  # fmt: skip
-    assert "nothing is left to submit" in cluster.run(*command, "--slurm=--nodes=2", cwd=ROOT, **variables)
+    done, *failed = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
+    assert (done["state"], done["world_size"], done["scores"]["ledger/bound"]) == ("done", 2, 16.0), logs
+    assert [(line["state"], line["exit_code"]) for line in failed] == [("failed", 3), ("failed", 2)], logs
+    assert failed[0]["message"].startswith("error: "), logs
+    assert "cascade.max_boundary_drift" in failed[0]["message"], logs
+    assert failed[1]["message"].startswith("error: --dtype float32: the weights of "), logs
+
+    said = cluster.run(*command, held, cwd=ROOT, **variables)  # what diverged would do so again
+    (job,) = re.findall(r"submitted 1 runs as array (\d+), ", said)
+    cluster.run("scancel", job)
+
+
+@pytest.mark.parametrize(
+    ("training", "measuring", "told"),
+    [
+        ("status done 0", "", (0, "")),
+        ("echo 'error: task.domain is 1'; exit 1", "", (1, "error: task.domain is 1")),
+        ("status failed 3; echo 'error: the loss is nan'; exit 1", "", (3, "error: the loss is nan")),
+        ("status failed 1; echo '  ChildFailedError'; exit 1", "", (1, "ValueError: what the run says")),
+        ("status running null; echo '  traceback : Signal 9 (SIGKILL) received by PID 36'; exit 1", "",
+         (1, "Signal 9 (SIGKILL) received by PID 36")),
+        ("status running null; echo 'slurmstepd: error: Detected 1 oom_kill event in StepId=7.0.'; exit 1", "",
+         (1, "Detected 1 oom_kill event in StepId=7.0.")),
+        ("status preempted 75; exit 1", "", None),
+        ("status running null; kill -TERM $PPID; sleep 5", "", None),
+        ("status done 0", "exit 137", (-9, "ended by SIGKILL")),
+        ("status done 0", "echo KeyError; echo 'srun: error: task 0: Exited with exit code 1'; exit 1", (1, "KeyError")),
+        ("status done 0", "kill -TERM $PPID; sleep 5", None),
+        ("status done 0", "kill -USR1 $PPID; echo DUE TO TIME LIMIT; kill -TERM $PPID; sleep 5", (124, "DUE TO TIME LIMIT")),
+    ],
+)  # fmt: skip
+def test_a_run_of_a_study_tells_its_end_unless_it_was_asked_to_stop(
+    tmp_path: Path, training: str, measuring: str, told: tuple[int, str] | None
+) -> None:
+    """What srun does and says is made up: the training's part and what is measured after it."""
+    job = Job(tmp_path / "runs" / "one", tmp_path / "recipe.yaml", (), None, inspect=True)
+    job.directory.mkdir(parents=True)
+    job.log.write_text("error: of an attempt on this machine")
+    folder = write([job], tmp_path)
+    (tmp_path / "bin").mkdir()
+    status = '{"state": "%s", "exit_code": %s, "message": "ValueError: what the run says"}'
+    programs = {
+        "scontrol": 'echo "scontrol $1"',
+        "srun": f"""status() {{ printf '{status}' "$1" "$2" >{job.directory}/status.json; }}
+            case "$*" in *lorasc_ds.study.worker*) {measuring or ":"} ;; *) {training} ;; esac""",
+    }
+    for name, text in programs.items():
+        (tmp_path / "bin" / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    variables = {"PATH": f"{tmp_path / 'bin'}:{BIN}:{PATH}", "STUDY_RUNS": str(folder), "SLURM_JOB_ID": "7"}
+    variables |= {
+        "SLURM_ARRAY_JOB_ID": "7",
+        "SLURM_ARRAY_TASK_ID": "0",
+        "SLURM_JOB_NODELIST": "",
+        "SLURM_JOB_NUM_NODES": "1",
+    }
+    with (folder / "0.log").open("w") as log:
+        subprocess.run(["bash", SCRIPT], cwd=ROOT, env=os.environ | variables, stdout=log, stderr=log, check=False)
+    end = job.directory.with_suffix(".json")
+    said = (folder / "0.log").read_text()
+    assert ("scontrol requeue" in said) == ("preempted" in training), said
+    assert end.exists() == (told is not None), said
+    if told is not None:
+        content = json.loads(end.read_text())
+        assert (content["exit_code"], content["message"]) == told, said
+        assert 0 <= content["seconds"] < 60
 
 
 def test_every_gpu_of_every_node_gets_a_process_that_knows_its_place(cluster: Cluster, checkout: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,9 +109,20 @@ def parse_options(arguments: Sequence[str]) -> StudyOptions:
         collect=options.collect,
         known=options.known,
         against=options.against,
-        slurm=None if options.slurm is None else tuple(options.slurm.split()),
+        slurm=None if options.slurm is None else flags_of_sbatch(options.slurm),
         gpu_memory=options.gpu_memory,
     )
+
+
+def flags_of_sbatch(text: str) -> tuple[str, ...]:
+    """
+    Raises:
+        ConfigError: a quote is not closed.
+    """
+    try:
+        return tuple(shlex.split(text))
+    except ValueError as error:
+        raise ConfigError(f"--slurm {text}: {error}: write the flags as for a shell, with every quote closed") from None
 
 
 def load_study(file: Path) -> StudyConfig:

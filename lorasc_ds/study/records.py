@@ -82,7 +82,7 @@ def read(run: Run, job: Job) -> Record:
     status = content_of(directory / "status.json")
     if ended.get("exit_code"):
         return Record(run, job, "failed", ended["exit_code"], ended["message"])
-    if status.get("state") == "failed":  # a job of Slurm's
+    if status.get("state") == "failed":  # and what was to write the other was killed
         return Record(run, job, "failed", status["exit_code"], status["message"])
     return Record(run, job, "missing")
 

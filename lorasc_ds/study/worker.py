@@ -10,6 +10,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import sys
@@ -21,10 +22,15 @@ from multiprocessing import connection
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
+from lorasc_ds import run_directory
 from lorasc_ds.algorithm.files import write_atomically
+from lorasc_ds.errors import ConfigError
 
 IMPORTED = ("lorasc_ds.run", "lorasc_ds.tasks.digits", "sklearn.datasets", "transformers.models.llama.modeling_llama")
 INTERRUPTED = {75, 130, 143, -signal.SIGINT, -signal.SIGTERM}  # asked to stop: nothing has failed
+# What a log holds of why a job failed: words of a command of this package, of Slurm, of torchrun (which ends by 15 the
+# processes that have not failed).
+REASON = re.compile(r"^error: .*|Detected \d+ oom.kill event.*|Signal (?!15\b)\d+ \(SIG\w+\) received by PID \d+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +49,10 @@ class Job:
     train: tuple[str, ...]
     evaluate: tuple[str, ...] | None
     inspect: bool
+
+    @property
+    def log(self) -> Path:
+        return self.directory.with_suffix(".log")
 
     @property
     def evaluation(self) -> Path:
@@ -73,36 +83,40 @@ def carry_out(jobs: Sequence[Job], at_once: int) -> Iterator[tuple[Job, int, flo
             for process in [process for process in running if not process.is_alive()]:
                 job, began = running.pop(process)
                 code, seconds = process.exitcode or 0, time.monotonic() - began
-                tell_end(job, code, seconds)
+                tell_end(job, code, seconds, job.log)
                 yield job, code, seconds
     finally:
         for process in running:
             process.terminate()
         for process, (job, began) in running.items():
             process.join()
-            tell_end(job, process.exitcode or 0, time.monotonic() - began)
+            tell_end(job, process.exitcode or 0, time.monotonic() - began, job.log)
 
 
-def tell_end(job: Job, code: int, seconds: float) -> None:
+def tell_end(job: Job, code: int, seconds: float, log: Path) -> None:
     """Write how a job ended, unless it was asked to stop."""
     if code not in INTERRUPTED:
-        content = {"exit_code": code, "message": last_words(job, code), "seconds": round(seconds, 3)}
+        content = {"exit_code": code, "message": last_words(job, code, log), "seconds": round(seconds, 3)}
         write_atomically(job.directory.with_suffix(".json"), json.dumps(content).encode())
 
 
-def last_words(job: Job, code: int) -> str:
+def last_words(job: Job, code: int, log: Path) -> str:
     """Why a job failed, in its own words where it has any."""
     if code == 0:
         return ""
     if code < 0:
         return f"ended by {signal.Signals(-code).name}"
-    lines = job.directory.with_suffix(".log").read_text(errors="replace").splitlines()
-    return next((line for line in reversed(lines) if line.startswith("error: ")), lines[-1] if lines else "")[:500]
+    lines = log.read_text(errors="replace").splitlines()
+    reasons = [found[0] for line in lines if (found := REASON.search(line))]
+    status = run_directory.status_of(job.directory)
+    if not reasons and status.get("exit_code") == code:  # a bug, which torchrun tells before words of its own
+        reasons = [status["message"]]
+    return (reasons or [line for line in lines if line and not line.startswith("srun: ")] or [""])[-1][:500]
 
 
 def begin(job: Job) -> None:
     """The new process: its streams, what ends it with its parent, and the work."""
-    log = os.open(job.directory.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    log = os.open(job.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     for descriptor in (1, 2):
         os.dup2(log, descriptor)
     parent = multiprocessing.parent_process()
@@ -143,9 +157,6 @@ def is_complete(evaluation: Path) -> bool:
 
 def wait_for(directory: Path, seconds: float = 120.0) -> None:
     """Until no run of a study that was killed is left in the directory; it writes a checkpoint and ends by itself."""
-    from lorasc_ds import run_directory
-    from lorasc_ds.errors import ConfigError
-
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         try:
@@ -167,5 +178,15 @@ def read_job(file: Path) -> Job:
     )
 
 
-if __name__ == "__main__":  # in a job of Slurm's, when the run has been trained
-    sys.exit(perform(read_job(Path(sys.argv[1]))))
+def tell_end_of_task(file: Path, code: int, seconds: float) -> None:
+    """How a task of an array ended, whose log lies beside the file of its job; a shell adds 128 to a signal."""
+    code = 128 - code if code - 128 in [*signal.Signals] else code
+    tell_end(read_job(file), code, seconds, file.with_suffix(".log"))
+
+
+if __name__ == "__main__":  # in a job of Slurm's: FILE when the run has been trained, FILE CODE SECONDS at its end
+    file, *end = sys.argv[1:]
+    if end:
+        tell_end_of_task(Path(file), int(end[0]), float(end[1]))
+    else:
+        sys.exit(perform(read_job(Path(file))))

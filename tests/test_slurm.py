@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ from conftest import ROOT
 from slurm_cluster import NODES, PATH, Cluster, missing_programs
 
 from lorasc_ds.study.slurm import write
-from lorasc_ds.study.worker import Job
+from lorasc_ds.study.worker import Job, read_job
 
 pytestmark = pytest.mark.timeout(600)  # the waits have limits of their own
 
@@ -81,6 +82,12 @@ def submit(cluster: Cluster, checkout: Path, *arguments: str) -> str:
     return cluster.run("sbatch", "--parsable", *arguments, cwd=checkout, VENV="venv")
 
 
+def steps_of(run: Path) -> list[int]:
+    """Those that `metrics.jsonl` holds."""
+    lines = (run / "metrics.jsonl").read_text().splitlines() if (run / "metrics.jsonl").exists() else []
+    return [record["step"] for record in map(json.loads, lines) if record["event"] == "step"]
+
+
 def test_two_nodes_train_the_quickstart_and_go_on_after_a_requeue(cluster: Cluster, tmp_path: Path) -> None:
     """The real command, warned as Slurm warns before a time limit; every step is taken once."""
     log, run = tmp_path / "log", tmp_path / "run"
@@ -92,11 +99,7 @@ def test_two_nodes_train_the_quickstart_and_go_on_after_a_requeue(cluster: Clust
         cwd=ROOT, PATH=f"{BIN}:{PATH}", OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1",
     )  # fmt: skip
 
-    def steps() -> list[int]:
-        lines = (run / "metrics.jsonl").read_text().splitlines() if (run / "metrics.jsonl").exists() else []
-        return [record["step"] for record in map(json.loads, lines) if record["event"] == "step"]
-
-    cluster.wait("ten steps", lambda: len(steps()) >= 10, seconds=100)
+    cluster.wait("ten steps", lambda: len(steps_of(run)) >= 10, seconds=100)
     cluster.run("scancel", "--batch", "--signal=USR1", job)
     ended = cluster.finish(job, seconds=150)
     text = log.read_text()
@@ -107,7 +110,7 @@ def test_two_nodes_train_the_quickstart_and_go_on_after_a_requeue(cluster: Clust
     assert "resume    resuming  after step " in text
     assert json.loads((run / "summary.json").read_text())["world_size"] == 2
     assert json.loads((run / "status.json").read_text())["state"] == "done"
-    assert steps() == list(range(1, 181))
+    assert steps_of(run) == list(range(1, 181))
 
 
 def test_a_study_is_completed_as_an_array_of_two_node_runs(cluster: Cluster, tmp_path: Path) -> None:
@@ -122,6 +125,7 @@ def test_a_study_is_completed_as_an_array_of_two_node_runs(cluster: Cluster, tmp
             "LoRASC": {},
             "diverges": {"set": {"cascade.max_boundary_drift": 1e-12}},
             "is not scored": {"set": {"model.dtype": "bfloat16"}},
+            "is killed": {"set": {"training.epochs": 1000}},
         },
         "scores": {"new": "new_domain/accuracy", "rotated": "digits/new_domain/accuracy", "rank": "ledger/bound"},
         "evaluate": {"tasks": "digits", "digits.domain": "rotated", "digits.test_examples": 4, "splits": "new_domain",
@@ -134,25 +138,30 @@ def test_a_study_is_completed_as_an_array_of_two_node_runs(cluster: Cluster, tmp
     variables = {"PATH": f"{BIN}:{PATH}", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     held = "--slurm=--nodes=2 --hold --comment='by a study'"
     said = cluster.run(*command, held, cwd=ROOT, **variables)
-    (job,) = re.findall(r"submitted 3 runs as array (\d+), ", said)
+    (job,) = re.findall(r"submitted 4 runs as array (\d+), ", said)
     assert cluster.run("squeue", "--noheader", "--format=%k", f"--jobs={job}") == "by a study"
     said = cluster.run(*command, held, cwd=ROOT, **variables)
-    assert f"left out 3 runs that are queued or running as array {job}\nnothing is left to submit" in said
+    assert f"left out 4 runs that are queued or running as array {job}\nnothing is left to submit" in said
 
     cluster.run("scontrol", "release", job)
+    jobs = [read_job(file) for file in (tmp_path / "out" / "slurm").glob("*/*.json")]
+    (long,) = [job.directory for job in jobs if "--training.epochs=1000" in job.train]
+    cluster.wait("steps of the run that is killed", lambda: steps_of(long), seconds=200)
+    os.kill(int((long / ".owner").read_text().split()[1]), signal.SIGKILL)
     cluster.wait("the end of the runs", lambda: not cluster.run("squeue", "--noheader"), seconds=200)
     ended = subprocess.run([*command, "--collect"], cwd=ROOT, env=cluster.environment | variables, check=False)
-    assert ended.returncode == 1, "two runs failed"
+    assert ended.returncode == 1, "three runs failed"
     logs = [file.read_text() for file in sorted((tmp_path / "out" / "slurm").glob("*/*.log"))]
     done, *failed = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
     assert (done["state"], done["world_size"], done["scores"]["ledger/bound"]) == ("done", 2, 16.0), logs
-    assert [(line["state"], line["exit_code"]) for line in failed] == [("failed", 3), ("failed", 2)], logs
-    assert failed[0]["message"].startswith("error: "), logs
-    assert "cascade.max_boundary_drift" in failed[0]["message"], logs
-    assert failed[1]["message"].startswith("error: --dtype float32: the weights of "), logs
+    assert [(line["state"], line["exit_code"]) for line in failed] == [("failed", code) for code in (3, 2, 1)], logs
+    reasons = [line["message"] for line in failed]
+    assert re.match("error: rank [01]: expert 1: .* more than cascade.max_boundary_drift 1e-12", reasons[0]), logs
+    assert re.match("error: --dtype float32: the weights of .* are bfloat16", reasons[1]), logs
+    assert re.match(r"Signal 9 \(SIGKILL\) received by PID", reasons[2]), logs
 
     said = cluster.run(*command, held, cwd=ROOT, **variables)  # what diverged would do so again
-    (job,) = re.findall(r"submitted 1 runs as array (\d+), ", said)
+    (job,) = re.findall(r"submitted 2 runs as array (\d+), ", said)
     cluster.run("scancel", job)
 
 
@@ -172,7 +181,7 @@ def test_a_study_is_completed_as_an_array_of_two_node_runs(cluster: Cluster, tmp
         ("status done 0", "exit 137", (-9, "ended by SIGKILL")),
         ("status done 0", "echo KeyError; echo 'srun: error: task 0: Exited with exit code 1'; exit 1", (1, "KeyError")),
         ("status done 0", "kill -TERM $PPID; sleep 5", None),
-        ("status done 0", "kill -USR1 $PPID; echo DUE TO TIME LIMIT; kill -TERM $PPID; sleep 5", (124, "DUE TO TIME LIMIT")),
+        ("status done 0", "kill -USR1 $PPID; echo DUE TO TIME LIMIT; sleep 0.5; kill -TERM $PPID; sleep 5", (124, "DUE TO TIME LIMIT")),
     ],
 )  # fmt: skip
 def test_a_run_of_a_study_tells_its_end_unless_it_was_asked_to_stop(
@@ -193,11 +202,11 @@ def test_a_run_of_a_study_tells_its_end_unless_it_was_asked_to_stop(
     for name, text in programs.items():
         (tmp_path / "bin" / name).write_text(f"#!/bin/bash\n{text}\n")
         (tmp_path / "bin" / name).chmod(0o755)
-    variables = {"PATH": f"{tmp_path / 'bin'}:{BIN}:{PATH}", "STUDY_RUNS": str(folder), "SLURM_JOB_ID": "7"}
+    variables = {"PATH": f"{tmp_path / 'bin'}:{BIN}:{PATH}", "STUDY_RUNS": str(folder), "SLURM_JOB_NODELIST": ""}
     variables |= {
+        "SLURM_JOB_ID": "7",
         "SLURM_ARRAY_JOB_ID": "7",
         "SLURM_ARRAY_TASK_ID": "0",
-        "SLURM_JOB_NODELIST": "",
         "SLURM_JOB_NUM_NODES": "1",
     }
     with (folder / "0.log").open("w") as log:

@@ -55,6 +55,13 @@ def test_the_command_line_narrows_a_study_and_a_key_given_there_is_chosen_no_mor
     assert [dict(run.choice) for run in options.runs] == [{"cascade.slow_retention": a} for a in (0.5, 0.8)]
 
 
+def test_flags_of_sbatch_are_read_as_by_a_shell(parsed: Parsed) -> None:
+    assert parsed("--slurm=--comment='two words' --time=60").slurm == ("--comment=two words", "--time=60")
+    assert parsed("--slurm").slurm == ()
+    with pytest.raises(ConfigError, match=r"^--slurm --comment='two: No closing quotation: write .*quote closed$"):
+        parsed("--slurm=--comment='two")
+
+
 def test_runs_that_come_to_the_same_are_one(parsed: Parsed) -> None:
     options = parsed(change=("grid: {training", "sweep: {training.epochs: [1, 2], adapter.rank: [8]}\ngrid: {training"))
     labels = {run.row.label for run in options.runs}

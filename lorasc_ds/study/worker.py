@@ -28,9 +28,8 @@ from lorasc_ds.errors import ConfigError
 
 IMPORTED = ("lorasc_ds.run", "lorasc_ds.tasks.digits", "sklearn.datasets", "transformers.models.llama.modeling_llama")
 INTERRUPTED = {75, 130, 143, -signal.SIGINT, -signal.SIGTERM}  # asked to stop: nothing has failed
-# What a log holds of why a job failed: words of a command of this package, of Slurm, of torchrun (which ends by 15 the
-# processes that have not failed).
-REASON = re.compile(r"^error: .*|Detected \d+ oom.kill event.*|Signal (?!15\b)\d+ \(SIG\w+\) received by PID \d+")
+# What a log holds of why a job failed: words of a command of this package, of Slurm, of torchrun.
+REASON = re.compile(r"^error: .*|Detected \d+ oom.kill event.*|Signal \d+ \(SIG\w+\) received by PID \d+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +37,7 @@ class Job:
     """A run and what follows it.
 
     Args:
-        directory: of the run; what it prints goes to `DIRECTORY.log`, how it ended to `DIRECTORY.json`.
+        directory: of the run; what it prints goes to `DIRECTORY.log` or Slurm's log, how it ended to `DIRECTORY.json`.
         train: arguments of `launch/train.py`.
         evaluate: of `launch/evaluate.py`, but for its subject and folder; None: not wanted.
         inspect: whether to measure the ledger.

@@ -153,7 +153,7 @@ def test_a_study_is_completed_as_an_array_of_two_node_runs(cluster: Cluster, tmp
     assert ended.returncode == 1, "three runs failed"
     logs = [file.read_text() for file in sorted((tmp_path / "out" / "slurm").glob("*/*.log"))]
     done, *failed = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
-    assert (done["state"], done["world_size"], done["scores"]["ledger/bound"]) == ("done", 2, 16.0), logs
+    assert (done["state"], done["facts"]["world_size"], done["scores"]["ledger/bound"]) == ("done", 2, 16.0), logs
     assert [(line["state"], line["exit_code"]) for line in failed] == [("failed", code) for code in (3, 2, 1)], logs
     reasons = [line["message"] for line in failed]
     assert re.match("error: rank [01]: expert 1: .* more than cascade.max_boundary_drift 1e-12", reasons[0]), logs

@@ -16,7 +16,8 @@ import pytest
 from conftest import ROOT
 from slurm_cluster import NODES, PATH, Cluster, missing_programs
 
-from lorasc_ds.study.slurm import write
+from lorasc_ds.errors import ConfigError
+from lorasc_ds.study import slurm
 from lorasc_ds.study.worker import Job, read_job
 
 pytestmark = pytest.mark.timeout(600)  # the waits have limits of their own
@@ -165,6 +166,32 @@ def test_a_study_is_completed_as_an_array_of_two_node_runs(cluster: Cluster, tmp
     cluster.run("scancel", job)
 
 
+def install(folder: Path, programs: dict[str, str]) -> None:
+    """Shell scripts in place of Slurm's programs."""
+    folder.mkdir(exist_ok=True)
+    for name, text in programs.items():
+        (folder / name).write_text(f"#!/bin/bash\n{text}\n")
+        (folder / name).chmod(0o755)
+
+
+def test_of_an_array_only_what_has_left_the_queue_is_submitted_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{PATH}")
+    jobs = [Job(tmp_path / "runs" / str(n), tmp_path / "recipe.yaml", (), None, inspect=False) for n in range(3)]
+    install(tmp_path / "bin", {"sbatch": "echo '12;cluster'", "squeue": "exit 1"})
+    assert slurm.submit(jobs, tmp_path, []).startswith("submitted 3 runs as array 12, ")
+    install(tmp_path / "bin", {"sbatch": "echo 13", "squeue": "echo '12 0'; echo '12 2'; echo '11 1'; echo '10 N/A'"})
+    left_out, submitted, _ = slurm.submit(jobs, tmp_path, []).splitlines()
+    assert left_out == "left out 2 runs that are queued or running as array 12"
+    assert submitted.startswith("submitted 1 runs as array 13, ")
+    assert read_job(tmp_path / "slurm" / "002" / "0.json") == jobs[1]
+    install(tmp_path / "bin", {"squeue": "echo no controller >&2; exit 1"})
+    with pytest.raises(ConfigError, match=r"^--slurm: squeue refuses: no controller$"):
+        slurm.submit(jobs, tmp_path, [])
+
+
 @pytest.mark.parametrize(
     ("training", "measuring", "told"),
     [
@@ -191,17 +218,14 @@ def test_a_run_of_a_study_tells_its_end_unless_it_was_asked_to_stop(
     job = Job(tmp_path / "runs" / "one", tmp_path / "recipe.yaml", (), None, inspect=True)
     job.directory.mkdir(parents=True)
     job.log.write_text("error: of an attempt on this machine")
-    folder = write([job], tmp_path)
-    (tmp_path / "bin").mkdir()
+    folder = slurm.write([job], tmp_path)
     status = '{"state": "%s", "exit_code": %s, "message": "ValueError: what the run says"}'
     programs = {
         "scontrol": 'echo "scontrol $1"',
         "srun": f"""status() {{ printf '{status}' "$1" "$2" >{job.directory}/status.json; }}
             case "$*" in *lorasc_ds.study.worker*) {measuring or ":"} ;; *) {training} ;; esac""",
     }
-    for name, text in programs.items():
-        (tmp_path / "bin" / name).write_text(f"#!/bin/bash\n{text}\n")
-        (tmp_path / "bin" / name).chmod(0o755)
+    install(tmp_path / "bin", programs)
     variables = {"PATH": f"{tmp_path / 'bin'}:{BIN}:{PATH}", "STUDY_RUNS": str(folder), "SLURM_JOB_NODELIST": ""}
     variables |= {
         "SLURM_JOB_ID": "7",

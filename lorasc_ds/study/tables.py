@@ -166,7 +166,7 @@ def choice_sheet(results: Results) -> Sheet:
 
 def choice_text(cell: Cell) -> str:
     """With a mark at a learning rate that is the lowest or the highest of those tried."""
-    rates = {dict(one.run.choice).get(RATE) for one in cell.every}
+    rates = {choice[RATE] for choice in (dict(one.run.choice) for one in cell.every) if RATE in choice}
 
     def mark(key: str, value: Any) -> str:
         return AT_AN_END if key == RATE and len(rates) > 1 and value in (min(rates), max(rates)) else ""

@@ -5,14 +5,15 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from lorasc_ds import cli
 from lorasc_ds.cli import Parser
 from lorasc_ds.errors import ConfigError
-from lorasc_ds.fields import build_config, build_task, did_you_mean, meaning, task_fields
+from lorasc_ds.fields import build_config, build_task, meaning, task_fields
 from lorasc_ds.recipes import load_yaml
 from lorasc_ds.robustness_report import COLUMNS
 from lorasc_ds.task_config import TaskConfig
@@ -152,11 +153,33 @@ def parse(arguments: Sequence[str]) -> EvaluateOptions:
     Raises:
         ConfigError: an unknown flag or task, or an impossible value.
     """
-    parser = make_parser()
-    options, unknown = parser.parse_known_args(arguments)
-    if unknown:
-        flags = [option for action in parser._actions for option in action.option_strings]
-        raise ConfigError(f"unknown argument {unknown[0]}{did_you_mean(unknown[0].split('=')[0], flags)}")
+    options = cli.parse(make_parser(), arguments)
+    if options.output_dir.exists():
+        raise ConfigError(f"--output_dir {options.output_dir} exists: give a folder that does not exist yet")
+    return checked(options, settings_of_run(options.subject))
+
+
+def parse_for(run: Mapping[str, Any], flags: Sequence[str]) -> EvaluateOptions:
+    """What flags will ask for of a run that is not there yet.
+
+    Args:
+        run: its settings.
+        flags: without the subject and its folder.
+
+    Raises:
+        ConfigError: as `parse`.
+    """
+    return checked(cli.parse(make_parser(), ["RUN", "--output_dir=SCORES", *flags]), run)
+
+
+def checked(options: argparse.Namespace, run: Mapping[str, Any]) -> EvaluateOptions:
+    """
+    Args:
+        run: settings of the run that is scored; {}: the subject is none.
+
+    Raises:
+        ConfigError: an unknown task, or an impossible value.
+    """
     least = {
         "expert": 1,
         "limit": 1,
@@ -171,14 +194,11 @@ def parse(arguments: Sequence[str]) -> EvaluateOptions:
         value = getattr(options, key)
         if value is not None and value < lowest:
             raise ConfigError(f"--{key} is {value}: a number from {lowest} on is needed")
-    if options.output_dir.exists():
-        raise ConfigError(f"--output_dir {options.output_dir} exists: give a folder that does not exist yet")
     if options.harness_tasks and importlib.util.find_spec("lm_eval") is None:
         raise ConfigError("--harness_tasks needs lm-evaluation-harness: pip install -e '.[eval]'")
     splits = listed(options.splits)
     if not splits:
         raise ConfigError(f"--splits {options.splits!r}: name splits that are scored, such as dev,test")
-    run = settings_of_run(options.subject)
     own, trained = run.get("task", {}), run.get("training", {})
     harness = HarnessOptions(listed(options.harness_tasks), options.harness_include_path, options.harness_shots)
     tasks = tasks_of(options, own, bool(harness.tasks))

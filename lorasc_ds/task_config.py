@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import PurePath
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -120,7 +120,29 @@ class Gsm8kConfig(SampledData):
     )
 
 
-class InstructionConfig(PublicData):
+class OwnTest(Section):
+    """What is only reported, of a task whose files are one's own."""
+
+    test_file: str | None = Field(default=None, description="What is only reported, as the split test.")
+    test_share: float | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description="In place of it: the share of train_file that is held out for test, before any is for dev; null:"
+        " none.",
+    )
+
+    @model_validator(mode="after")
+    def one_test(self) -> Self:
+        if self.test_file is not None and self.test_share is not None:
+            raise ValueError(
+                f"task.test_file {self.test_file!r} and task.test_share {self.test_share:g} both say what test is:"
+                " leave one out"
+            )
+        return self
+
+
+class InstructionConfig(PublicData, OwnTest):
     name: Literal["alpaca", "instructions"] = Field(
         description="Instruction tuning: alpaca, or a file of one's own with Alpaca's fields or chat messages."
     )
@@ -155,7 +177,7 @@ class InstructionConfig(PublicData):
         return self
 
 
-class TextConfig(Section):
+class TextConfig(OwnTest):
     name: Literal["text"] = Field(default="text", description="Causal language modelling on your own files.")
     train_file: str | Annotated[tuple[str, ...], Field(strict=False, min_length=1)] = Field(
         description="A .txt file (one document), or .jsonl with one document a row; or several."
@@ -177,7 +199,8 @@ class TextConfig(Section):
     @model_validator(mode="after")
     def known_suffixes(self) -> TextConfig:
         files = files_of(self.train_file)
-        for key, value in (*(("train_file", file) for file in files), ("eval_file", self.eval_file)):
+        others = ("eval_file", self.eval_file), ("test_file", self.test_file)
+        for key, value in (*(("train_file", file) for file in files), *others):
             if value is not None and PurePath(value).suffix.lower() not in (".txt", ".jsonl"):
                 raise ValueError(f"task.{key} is {value!r}: a name that ends in .txt or .jsonl is needed")
         check_sources(self.train_file, self.weights, self.streaming)

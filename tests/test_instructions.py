@@ -269,6 +269,24 @@ def test_several_files_are_groups_with_shares(tmp_path: Path) -> None:
     assert [example.group for example in load_task(InstructionConfig(name="alpaca", train_file=one), 0).splits["train"]] == [""] * 3  # fmt: skip
 
 
+def test_rows_held_out_for_test_are_not_trained_on_whatever_dev_takes(tmp_path: Path) -> None:
+    file = rows_file(tmp_path / "a.jsonl", [{"instruction": f"{at}", "output": "b"} for at in range(20)])
+
+    def load(**settings: Any) -> Task:
+        return load_task(InstructionConfig(name="instructions", train_file=file, **settings), seed=0)
+
+    task, other = load(test_share=0.2), load(test_share=0.2, dev_examples=7)
+    ids = {split: {example.id for example in examples} for split, examples in task.splits.items()}
+    assert {split: len(found) for split, found in ids.items()} == {"train": 14, "dev": 2, "test": 4}
+    assert len(set.union(*ids.values())) == 20
+    assert (len(other.splits["dev"]), other.splits["test"]) == (7, task.splits["test"])
+    assert "; of 20 rows 4 are test (task.test_share 0.2)" in task.notes[0]
+    apart = load(test_file=file, eval_file=file)
+    assert [len(apart.splits[split]) for split in ("train", "dev", "test")] == [20, 20, 20]
+    with pytest.raises(ValueError, match=r"task\.test_file 'a' and task\.test_share 0\.2 both say what test is"):
+        load(test_file="a", test_share=0.2)
+
+
 def test_alpaca_is_read_from_the_hub_or_its_release(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[Any, ...]] = []
     rows = [row(instruction="a", output=f"{at}") for at in range(20)]

@@ -60,8 +60,8 @@ def case(request: pytest.FixtureRequest, tmp_path: Path, shared_data: Path) -> t
 
 @pytest.mark.parametrize(
     "more",
-    [{}, {"training.packing": "true"}, {"task.weights": "1,3"}],
-    ids=["plain", "packed", "weighted"],
+    [{}, {"training.packing": "true"}, {"task.weights": "1,3"}, {"task.test_share": "0.2"}],
+    ids=["plain", "packed", "weighted", "with a test"],
 )
 def test_a_stream_has_the_batches_that_memory_has(
     case: tuple[list[Path], dict[str, Any]], more: dict[str, Any]
@@ -72,7 +72,9 @@ def test_a_stream_has_the_batches_that_memory_has(
     assert isinstance(stream.data.examples, EncodedStream)
     assert not isinstance(memory.data.examples, EncodedStream)
     held = list(memory.data.examples)
-    assert stream.splits["dev"] == memory.splits["dev"]
+    held_out = {"dev", "test"} if "task.test_share" in more else {"dev"}
+    assert stream.splits.keys() == memory.splits.keys() == held_out | {"train"}
+    assert all(stream.splits[split] == memory.splits[split] for split in held_out)
     assert list(stream.data.examples) == held
     assert len(stream.data.examples) == len(held) > 40
     assert stream.data.examples[-1] == held[-1]
@@ -223,7 +225,7 @@ def test_a_bad_row_that_is_looked_at_ends_the_run_before_it_begins(tmp_path: Pat
     with pytest.raises(DataError, match=r"task.train_file .*rows.jsonl has no row"):
         prepared(file, **TEXT, **settings)
     file.write_text('{"text": "a b c"}\n')
-    with pytest.raises(DataError, match=r"rows.jsonl has one document, none to hold out: give task.eval_file"):
+    with pytest.raises(DataError, match=r"rows.jsonl has too few documents to hold one out, 1: give task.eval_file"):
         prepared(file, **TEXT, **settings)
 
 

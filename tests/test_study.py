@@ -18,14 +18,14 @@ from conftest import ROOT
 from PIL import Image
 from study_cases import YAML, good, parse, written
 
-from lorasc_ds.errors import ConfigError
+from lorasc_ds.errors import ConfigError, DataError
 from lorasc_ds.study import figures, records
 from lorasc_ds.study.comparison_figures import differences_figure, growth_figure, trade_off_figure
 from lorasc_ds.study.options import StudyOptions, parse_options
 from lorasc_ds.study.results import corrected, results_of
 from lorasc_ds.study.selection import choose
 from lorasc_ds.study.statistics import compare, holm, p_of
-from lorasc_ds.study.study import job_of, read, tell, to_do
+from lorasc_ds.study.study import carry_out, check_data, job_of, read, tell, to_do
 from lorasc_ds.study.tables import latex, sheets
 
 STUDIES = sorted((ROOT / "launch" / "studies").glob("*.yaml"))
@@ -91,6 +91,84 @@ def test_an_impossible_study_is_refused_in_one_line(parsed: Parsed, change: tupl
         parsed(change=change)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("evaluate", "message"),
+    [
+        ("tasks: digitss", "evaluate: --tasks digitss: no such task; one of digits,"),
+        ("task: digits", "evaluate: unknown flag task; did you mean tasks?"),
+        ("output_dir: out", "evaluate: unknown flag output_dir"),
+        ("digits.domain: sideways", "evaluate: digits.domain is 'sideways': needs to be 'upright', 'mirrored'"),
+        ("tasks: mmlu, data_dir: nowhere", "evaluate: --data_dir nowhere is no folder"),
+        ("limit: 0", "evaluate: --limit is 0: a number from 1 on is needed"),
+        ("confirm_run_unsafe_code: 3", "evaluate: confirm_run_unsafe_code is '3': true or false is needed"),
+    ],
+)
+def test_what_evaluate_would_refuse_is_told_before_any_run(parsed: Parsed, evaluate: str, message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        parsed(change=("seeds:", f"evaluate: {{{evaluate}}}\nseeds:"))
+    assert str(error.value).startswith(message)
+    assert "\n" not in str(error.value)
+
+
+def test_flags_of_evaluate_are_those_of_the_study_and_of_the_command_line(parsed: Parsed) -> None:
+    asked = "{tasks: digits, share_prefixes: true, trust_remote_code: false, digits.domain: upright}"
+    flags = ["--evaluate.digits.domain=rotated", "--evaluate.confirm_run_unsafe_code", "true", "--evaluate.limit=4"]
+    options = parsed(*flags, change=("seeds:", f"evaluate: {asked}\nseeds:"))
+    found = job_of(options, options.runs[0]).evaluate
+    expected = ["tasks=digits", "share_prefixes=true", "digits.domain=rotated", "limit=4", "confirm_run_unsafe_code"]
+    assert found == tuple(f"--{flag}" for flag in expected)
+    with pytest.raises(ConfigError, match=r"unknown argument --evaluate.limits=4; did you mean --evaluate.limit\?"):
+        parsed("--evaluate.limits=4")
+
+
+def test_data_that_cannot_be_read_and_a_dev_that_is_not_there_are_told_before_any_run(
+    parsed: Parsed, tmp_path: Path
+) -> None:
+    images = tmp_path / "images"
+    for file in (images / split / f"{name}/{at}.png" for split in ("train", "test") for name in "ab" for at in (1, 2)):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (8, 8)).save(file)
+    flags = ["--tasks=one", "--task.name=images", f"--task.data_dir={images}"]
+    whole = parsed(*flags)
+    check_data(whole, to_do(whole, read(whole)))
+    for more, message in (
+        (["--task.dev_examples=0"], r"one: task\.dev_examples is 0, so there is no dev split, .*: hold examples out"),
+        (["--task.data_dir=nowhere"], "one: .*nowhere"),
+        (["--evaluate.tasks=corrupted_images", "--evaluate.corrupted_images.data_dir=elsewhere"], "one: .*elsewhere"),
+    ):
+        with pytest.raises((ConfigError, DataError), match=message):
+            carry_out(parsed(*flags, *more))
+        assert not (tmp_path / "out").exists()
+    assert carry_out(parsed(*flags, "--task.dev_examples=0", "--collect")) == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            ("scores: {new: new_domain/accuracy, old: old_domain/accuracy}\nseeds", "scores: {new: new_domain/acuracy, old: old_domain/loss}\nseeds"),
+            "scores.new is 'new_domain/acuracy', but the runs of one have no new_domain/acuracy: one of dev/accuracy,"
+            " dev/loss, new_domain/accuracy, new_domain/loss, old_domain/accuracy, old_domain/loss is needed; did you mean"
+            " new_domain/accuracy?",
+        ),
+        (
+            ("old: old_domain/accuracy}}", "old: dev/loss - train/loss}}"),
+            "tasks.two.scores.old is 'dev/loss - train/loss', but the runs of two have no train/loss: one of ",
+        ),
+        (("seeds:", "select_by: dev/f1\nseeds:"), "select_by is 'dev/f1', but the runs of one have no dev/f1: one of dev/"),
+    ],
+    ids=["misspelt", "part of a difference", "select_by"],
+)  # fmt: skip
+def test_a_name_that_no_run_has_is_told_with_those_that_there_are(
+    parsed: Parsed, change: tuple[str, str], message: str
+) -> None:
+    options = parsed(change=change)
+    written(options, good)
+    with pytest.raises(ConfigError) as error:
+        carry_out(replace(options, collect=True))
+    assert str(error.value).startswith(message)
 
 
 def test_dev_chooses_and_a_point_with_a_failed_seed_is_not_chosen() -> None:
@@ -371,6 +449,7 @@ def test_a_shipped_study_is_whole(file: Path) -> None:
     options = parse_options([str(file)])
     assert options.runs
     assert options.output_dir == ROOT / "launch" / "studies" / "results" / file.stem
+    assert all(getattr(run.config.task, "dev_examples", None) != 0 for run in options.runs), "dev chooses"
     assert len(options.study.seeds) >= (5 if file.stem.endswith("-mini") or "fair" in file.stem else 3)
 
 

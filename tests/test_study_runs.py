@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import multiprocessing
 import os
 import signal
@@ -15,11 +16,13 @@ from typing import Any
 import pytest
 from conftest import RECIPE, ROOT
 
+from lorasc_ds.errors import ConfigError
 from lorasc_ds.run_directory import state_of
 from lorasc_ds.study.command import main
 from lorasc_ds.study.options import StudyOptions, parse_options
 from lorasc_ds.study.study import read
 from lorasc_ds.study.worker import IMPORTED, carry_out
+from lorasc_ds.tasks import load_task
 from lorasc_ds.train import main as train
 
 SMALL = {
@@ -133,6 +136,50 @@ def kill_run(directory: Path) -> None:
     os.kill(int((directory / ".owner").read_text().split()[1]), signal.SIGKILL)
 
 
+def test_rows_of_one_s_own_are_studied_by_one_command(
+    tmp_path: Path, tiny_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Test is scored on rows that no run has trained on or chosen by; its perplexity is that of its loss."""
+    rows = [{"instruction": f"{at}", "input": "", "output": f"{at} {at}"} for at in range(20)]
+    (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    command = [str(ROOT / "launch/studies/own-data.yaml"), "--model.name_or_path", str(tiny_folder)]
+    command += ["--task.train_file", str(tmp_path / "mine.jsonl"), "--output_dir", str(tmp_path / "out")]
+    command += ["--training.max_length=128", "--training.batch_size=8", "--seeds=0", "--training.learning_rate=1e-3"]
+    assert main([*command, "--dry_run"]) == 0
+    printed = capsys.readouterr().out
+    assert "study     Own data: 3 runs, 0 done" in printed
+    assert "on one H100" in printed
+    assert not (tmp_path / "out").exists()
+
+    assert main(command) == 0, capsys.readouterr().out
+    records = read(parse_options(command))
+    assert [record.run.row.label for record in records] == ["LoRA", "COLA", "LoRASC"]
+    for record in records:
+        loss, perplexity = record.score("test/loss"), record.score("test/perplexity")
+        assert loss is not None
+        assert perplexity == pytest.approx(math.exp(loss))
+    tested = load_task(records[0].run.config.task, seed=0).splits["test"]
+    assert [{*(record.outcomes("test/loss") or {})} for record in records] == [{one.id for one in tested}] * 3
+    assert len(tested) == 2
+    assert "perplexity  loss of a token" in capsys.readouterr().out
+
+
+def test_a_score_that_no_run_has_stops_the_study_after_the_first_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = arguments(tmp_path, "--rows=LoRA,LoRASC", "--at_once=1")
+    (tmp_path / "study.yaml").write_text(json.dumps(STUDY | {"scores": {"rank": "ledger/bond"}}))
+    for _ in range(2):  # the second time before a run
+        assert main(command) == 2
+        said = capsys.readouterr()
+        assert said.err.startswith(
+            "error: scores.rank is 'ledger/bond', but the runs of mirrored have no ledger/bond: one of"
+        )
+        assert said.err.endswith(" is needed; did you mean ledger/bound?\n")
+        assert [record.state for record in read(parse_options(command))].count("done") == 1
+    assert "1/4" not in said.out
+
+
 def test_a_part_of_a_mini_study_is_made_again_and_is_the_same(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -161,10 +208,11 @@ def test_the_plan_says_how_many_runs_how_long_and_how_much_memory(
 
 def test_help_and_mistakes_do_not_wait_for_torch(tmp_path: Path) -> None:
     code = "import sys; from lorasc_ds.study.command import main; code = main(sys.argv[1:]); assert 'torch' not in sys.modules; sys.exit(code)"
-    command = [sys.executable, "-c", code, *arguments(tmp_path, "--rows=brocken")]
+    command = [sys.executable, "-c", code, *arguments(tmp_path, "--evaluate.digits.domain=sideways")]
     ended = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
     assert ended.returncode == 2
-    assert (
-        ended.stderr
-        == "error: 'brocken' is none of the study's strategies, which are LoRA, LoRASC, broken; did you mean broken?\n"
+    assert ended.stderr == (
+        "error: evaluate: digits.domain is 'sideways': needs to be 'upright', 'mirrored', 'rotated' or 'blurred'\n"
     )
+    with pytest.raises(ConfigError, match=r"'brocken' is none of the study's strategies.*; did you mean broken"):
+        parse_options(arguments(tmp_path, "--rows=brocken"))

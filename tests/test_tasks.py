@@ -111,6 +111,18 @@ def test_a_txt_is_one_document_and_its_end_is_held_out(tmp_path: Path) -> None:
     assert 0.08 < len(dev.texts[0]) / len(file.read_text()) < 0.13
 
 
+@pytest.mark.parametrize("suffix", ["txt", "jsonl"])
+def test_test_is_the_end_of_a_text_and_dev_what_stands_before(tmp_path: Path, suffix: str) -> None:
+    lines, file = [f"line {i}\n" for i in range(100)], tmp_path / f"a.{suffix}"
+    file.write_text("".join(lines if suffix == "txt" else (json.dumps({"text": line}) + "\n" for line in lines)))
+    task = load_task(TextConfig(name="text", train_file=str(file), test_share=0.2), seed=0)
+    parts = ["".join(one.texts[0] for one in task.splits[split]) for split in ("train", "dev", "test")]
+    assert "".join(parts) == "".join(lines)
+    assert [round(len(part) / len("".join(lines)), 1) for part in parts] == [0.7, 0.1, 0.2]
+    task = load_task(TextConfig(name="text", train_file=str(file), test_file=str(file)), seed=0)
+    assert "".join(one.texts[0] for one in task.splits["test"]) == "".join(lines)
+
+
 def test_an_eval_file_leaves_the_training_file_whole(tmp_path: Path) -> None:
     one, other = (write_rows(tmp_path / f"{name}.jsonl", [{"text": name}] * 3) for name in ("one", "other"))
     task = load_task(TextConfig(name="text", train_file=one, eval_file=other), seed=0)

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import argparse
 import shlex
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from pydantic import ValidationError
 
+from lorasc_ds import evaluate_options
 from lorasc_ds.cli import Parser, add_overrides, did_you_mean, parse
 from lorasc_ds.errors import ConfigError
+from lorasc_ds.evaluate_options import EvaluateOptions
 from lorasc_ds.recipes import load_yaml
 from lorasc_ds.study.paper import TABLES
-from lorasc_ds.study.plan import Run, expand
-from lorasc_ds.study.study_config import StrategyVariant, StudyConfig, TaskVariant
+from lorasc_ds.study.plan import Run, expand, text_of
+from lorasc_ds.study.study_config import Settings, StrategyVariant, StudyConfig, TaskVariant, Variant
+
+OF_EVALUATE = "evaluate."  # what flags that override the study's `evaluate` begin with
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +61,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="study.py",
         description="Carry out a study: all runs of a YAML, hyper-parameters chosen by dev, tables and figures.",
+        epilog=keys_in_words(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     add = parser.add_argument
@@ -79,7 +87,73 @@ def make_parser() -> argparse.ArgumentParser:
         help="submit the runs as a Slurm array; FLAGS of sbatch in one text, as '--gpus-per-node=1 --time=24:00:00'",
     )
     add_overrides(parser)
+    group = parser.add_argument_group(
+        "overrides of the study's evaluate",
+        "--evaluate.FLAG VALUE, FLAG any of launch/evaluate.py, as --evaluate.data_dir DIR or --evaluate.gsm8k.mode"
+        " direct;\ntrue or false for one that takes no value",
+    )
+    for flag in flags_of_evaluate():
+        group.add_argument(f"--{OF_EVALUATE}{flag}", metavar="VALUE", help=argparse.SUPPRESS)
     return parser
+
+
+def keys_in_words() -> str:
+    """Every key of a study's YAML with its meaning, for `--help`."""
+    members = {"tasks": TaskVariant, "adapters": Variant, "strategies": StrategyVariant}
+    lines = []
+    for key, field in StudyConfig.model_fields.items():
+        of_each = f" Each has {', '.join(members[key].model_fields)}." if key in members else ""
+        lines.append(
+            textwrap.fill(
+                f"{field.description}{of_each}",
+                width=100,
+                initial_indent=f"  {key:<12}",
+                subsequent_indent=" " * 14,
+                break_on_hyphens=False,
+            )
+        )
+    return "\n".join(["keys of STUDY:", f"  {StudyConfig.__doc__}", *lines])
+
+
+@cache
+def flags_of_evaluate() -> Mapping[str, bool]:
+    """The flags that a study's `evaluate` may have, and whether each takes a value; the study gives the rest."""
+    own = {"help", "output_dir", "records", "deepspeed", "local_rank"}
+    actions = [one for one in evaluate_options.make_parser()._actions if one.option_strings and one.dest not in own]
+    return {one.dest: one.nargs != 0 for one in actions}
+
+
+def evaluate_flags(settings: Settings) -> tuple[str, ...]:
+    """A study's `evaluate` as launch/evaluate.py takes it.
+
+    Raises:
+        ConfigError: there is no such flag, or it takes no value and has one.
+    """
+    takes_value, found = flags_of_evaluate(), []
+    for key, value in settings.items():
+        if key not in takes_value:
+            raise ConfigError(f"evaluate: unknown flag {key}{did_you_mean(key, [*takes_value])}")
+        text = text_of(value)
+        if not takes_value[key] and text not in ("true", "false"):
+            raise ConfigError(f"evaluate: {key} is {text!r}: true or false is needed")
+        if takes_value[key] or text == "true":
+            found.append(f"--{key}={text}" if takes_value[key] else f"--{key}")
+    return tuple(found)
+
+
+def evaluation_of(study: StudyConfig, run: Run) -> EvaluateOptions | None:
+    """What will be scored of a run besides; None: nothing.
+
+    Raises:
+        ConfigError: launch/evaluate.py would refuse it.
+    """
+    if not study.evaluate:
+        return None
+    flags = evaluate_flags(study.evaluate)
+    try:
+        return evaluate_options.parse_for(run.config.model_dump(mode="json"), flags)
+    except ConfigError as error:
+        raise ConfigError(f"evaluate: {error}") from None
 
 
 def parse_options(arguments: Sequence[str]) -> StudyOptions:
@@ -94,14 +168,21 @@ def parse_options(arguments: Sequence[str]) -> StudyOptions:
         raise ConfigError(f"--gpu_memory {options.gpu_memory:g} is for planning: add --dry_run, or leave it out")
     study = narrowed(load_study(options.file), options)
     recipe = options.file.parent / study.recipe
-    overrides = {key: value for key, value in vars(options).items() if "." in key and value is not None}
+    given = {key: value for key, value in vars(options).items() if "." in key and value is not None}
+    scored = {key.removeprefix(OF_EVALUATE): value for key, value in given.items() if key.startswith(OF_EVALUATE)}
+    study = study.model_copy(update={"evaluate": study.evaluate | scored})
+    overrides = {key: value for key, value in given.items() if not key.startswith(OF_EVALUATE)}
     if "training.seed" in overrides:
         raise ConfigError(f"--training.seed {overrides['training.seed']}: give --seeds, which names all of them")
+    runs = expand(study, recipe, overrides)
+    if not options.collect:
+        for run in {run.task: run for run in runs}.values():
+            evaluation_of(study, run)
     return StudyOptions(
         file=options.file,
         study=study,
         recipe=recipe,
-        runs=expand(study, recipe, overrides),
+        runs=runs,
         output_dir=options.output_dir or options.file.parent / "results" / options.file.stem,
         at_once=options.at_once,
         retry_failed=options.retry_failed,

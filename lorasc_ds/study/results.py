@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
 
+from lorasc_ds.errors import ConfigError
+from lorasc_ds.fields import did_you_mean
 from lorasc_ds.study.plan import Choice, Row, baseline_of, label_of, rows_of, short
 from lorasc_ds.study.records import Record
 from lorasc_ds.study.selection import choose
@@ -94,6 +96,28 @@ def score_of(study: StudyConfig, task: str, name: str) -> str:
 def metric_of(study: StudyConfig, task: str) -> str:
     """That on dev which chooses."""
     return (study.tasks[task].select_by or study.select_by).removeprefix("dev/")
+
+
+def check_names(study: StudyConfig, record: Record) -> None:
+    """
+    Raises:
+        ConfigError: a run that is done has not all that the study reports and chooses by.
+    """
+    if record.state != "done":
+        return
+    task, own = record.run.task, study.tasks[record.run.task]
+    there = {*(f"dev/{metric}" for metric in record.dev or {}), *(record.scores or {})}
+    place = "" if own.scores is None else f"tasks.{task}."
+    asked = {f"{place}scores.{name}": score_of(study, task, name) for name in study.scores}
+    asked[f"{'' if own.select_by is None else f'tasks.{task}.'}select_by"] = f"dev/{metric_of(study, task)}"
+    for key, score in asked.items():
+        for part in score.split(" - "):
+            if part.strip() not in there:
+                listed = sorted(name for name in there if name.rpartition("/")[0] not in there)  # no group by itself
+                raise ConfigError(
+                    f"{key} is {score!r}, but the runs of {task} have no {part.strip()}: one of {', '.join(listed)} is"
+                    f" needed{did_you_mean(part.strip(), listed)}"
+                )
 
 
 def results_of(study: StudyConfig, records: Sequence[Record]) -> Results:

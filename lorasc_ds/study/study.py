@@ -3,34 +3,35 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
 from lorasc_ds import run_directory
 from lorasc_ds.algorithm.files import write_atomically
-from lorasc_ds.errors import ConfigError
+from lorasc_ds.errors import ConfigError, DataError
 from lorasc_ds.memory import gpu_bytes
 from lorasc_ds.robustness_report import Sheet, as_markdown, as_text
 from lorasc_ds.study import figures, hparams, publishing, records, slurm
 from lorasc_ds.study.agreement import disagreements
 from lorasc_ds.study.estimate import estimate
-from lorasc_ds.study.options import StudyOptions
+from lorasc_ds.study.options import StudyOptions, evaluate_flags, evaluation_of
 from lorasc_ds.study.overview import best_sheets, stability_sheets
-from lorasc_ds.study.plan import Run, text_of
+from lorasc_ds.study.plan import Run
 from lorasc_ds.study.publishing import Published
 from lorasc_ds.study.records import DIVERGED, Record
-from lorasc_ds.study.results import results_of
+from lorasc_ds.study.results import check_names, results_of
 from lorasc_ds.study.study_config import StudyConfig
 from lorasc_ds.study.tables import latex, sheets
 from lorasc_ds.study.worker import Job
 from lorasc_ds.study.worker import carry_out as run_jobs
+from lorasc_ds.tasks import load_task
 
 
 def carry_out(options: StudyOptions) -> int:
     """Do what the command line asks for. Returns 0, or 1 where runs failed or are not what they have to be.
 
     Raises:
-        ConfigError: the directory cannot be used, or Slurm refuses.
+        ConfigError: the directory cannot be used, Slurm refuses, or a score that is asked for does not exist.
+        DataError: data cannot be read.
     """
     known = None if options.known is None else publishing.load(options.known, "--known")
     published = None if options.against is None else publishing.load(options.against, "--against")
@@ -39,6 +40,10 @@ def carry_out(options: StudyOptions) -> int:
     states = {one.run.digest: one.state for one in found}
     done = sum(state == "done" for state in states.values())
     print(f"study     {options.study.title}: {len(states)} runs, {done} done", flush=True)
+    for one in found:
+        check_names(options.study, one)
+    if not options.collect:
+        check_data(options, jobs)
     if options.dry_run:
         print("\n".join(estimate(found, gpu_bytes(options.gpu_memory), options.at_once)))
         return 0
@@ -49,7 +54,7 @@ def carry_out(options: StudyOptions) -> int:
         return 0
     if jobs and not options.collect:
         with run_directory.locked(options.output_dir):
-            run_here(jobs, {options.directory(run): run for run in options.runs}, options.at_once)
+            run_here(jobs, options)
         found = read(options, known)
     tell(options, found)
     wrong = [] if published is None else [*disagreements(published, found)]
@@ -89,7 +94,7 @@ def refuse_to_lose(options: StudyOptions, found: Sequence[Record]) -> None:
 
 def job_of(options: StudyOptions, run: Run) -> Job:
     study, engine = options.study, [f"--deepspeed={options.study.deepspeed}"] if options.study.deepspeed else []
-    flags = [f"--{key}" if value is True else f"--{key}={text_of(value)}" for key, value in study.evaluate.items()]
+    flags = evaluate_flags(study.evaluate)
     return Job(
         directory=options.directory(run),
         recipe=options.recipe,
@@ -106,13 +111,46 @@ def to_do(options: StudyOptions, found: Sequence[Record]) -> list[Job]:
     return [job for directory, job in again.items() if directory not in settled]
 
 
-def run_here(jobs: Sequence[Job], runs: Mapping[Path, Run], at_once: int) -> None:
-    """Carry out jobs, a line for each as it ends."""
+def check_data(options: StudyOptions, jobs: Sequence[Job]) -> None:
+    """Read what the jobs will read, every task once.
+
+    Raises:
+        ConfigError: there is no dev split to choose by.
+        DataError: data cannot be read.
+    """
+    directories = {job.directory for job in jobs}
+    runs = {run.config.task.model_dump_json(): run for run in options.runs if options.directory(run) in directories}
+    read = {*runs}
+    for run in runs.values():
+        evaluation = evaluation_of(options.study, run)
+        try:
+            if "dev" not in load_task(run.config.task, run.seed).splits:
+                raise ConfigError(
+                    "task.dev_examples is 0, so there is no dev split, which a study chooses by: hold examples out, as"
+                    " --task.dev_examples 1000 does"
+                )
+            if evaluation is not None:
+                for config in evaluation.tasks:
+                    if config.model_dump_json() not in read:
+                        load_task(config, evaluation.seed, evaluation.splits)
+                        read.add(config.model_dump_json())
+        except (ConfigError, DataError) as error:
+            raise type(error)(f"{run.task}: {error}") from None
+
+
+def run_here(jobs: Sequence[Job], options: StudyOptions) -> None:
+    """Carry out jobs, a line for each as it ends.
+
+    Raises:
+        ConfigError: a run is done and has not what the study reports; the others are stopped, and can go on.
+    """
+    runs, at_once = {options.directory(run): run for run in options.runs}, options.at_once
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // at_once)))
     (jobs[0].directory.parent).mkdir(exist_ok=True)
     for number, (job, code, seconds) in enumerate(run_jobs(jobs, at_once), start=1):
         end = "done" if code == 0 else f"FAILED with {code}, see {job.directory.with_suffix('.log')}"
         print(f"{number:>5}/{len(jobs)}  {runs[job.directory].title}: {end}, {seconds:.1f} s", flush=True)
+        check_names(options.study, records.read(runs[job.directory], job))
 
 
 def tell(options: StudyOptions, found: Sequence[Record]) -> None:

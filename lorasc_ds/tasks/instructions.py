@@ -123,13 +123,18 @@ def hold_out(
             f"task.dev_examples {held_out} of {count} rows would be held out, none stays to train on: lower it, or"
             " give task.eval_file"
         )
-    order = np.random.default_rng(seed).permutation(count)
-    if isinstance(examples, Stream):
-        train, dev = examples.only(order[held_out:]), list(examples.only(order[:held_out]))
-    else:
-        train, dev = ([examples[at] for at in part] for part in (order[held_out:], order[:held_out]))
+    train, dev = split_off(examples, held_out, seed)
     tenth = " (a tenth; task.dev_examples)" if dev_examples is None and held_out < MELORA_DEV_EXAMPLES else ""
     return train, dev, f"{held_out} of {count} rows{tenth} are held out, drawn by task.sample_seed {seed}"
+
+
+def split_off(examples: Sequence[Example], count: int, seed: int) -> tuple[Sequence[Example], list[Example]]:
+    """The rest and `count` examples, both in the order in which they are drawn."""
+    order = np.random.default_rng(seed).permutation(len(examples))
+    if isinstance(examples, Stream):
+        return examples.only(order[count:]), list(examples.only(order[:count]))
+    rest, drawn = ([examples[at] for at in part] for part in (order[count:], order[:count]))
+    return rest, drawn
 
 
 def sources(
@@ -166,6 +171,8 @@ def instructions(
     revision: str | None,
     train_file: str | Sequence[str] | None,
     eval_file: str | None,
+    test_file: str | None,
+    test_share: float | None,
     weights: Sequence[float] | None,
     dev_examples: int | None,
     sample_seed: int,
@@ -173,7 +180,10 @@ def instructions(
     mask_prompt: bool,
     streaming: bool,
 ) -> Task:
-    """Requests and responses as a task. Splits: `train` and `dev` (`eval_file`, or rows held out).
+    """Requests and responses as a task.
+
+    Splits: `train`, `dev` (`eval_file`, or rows held out) and, with `test_file` or `test_share`, `test`. Which rows are
+    held out for `test` does not depend on `dev`.
 
     Raises:
         ConfigError, DataError: in one line.
@@ -186,6 +196,15 @@ def instructions(
     else:
         origin, found = sources(name, dataset, data_dir, revision, files)
         examples = [example_of(row, template, group) for group, rows in found for row in rows]
+    splits: dict[str, Sequence[Example]] = {}
+    tested = ""
+    if test_share is not None:
+        count = len(examples)
+        examples, splits["test"] = split_off(examples, max(1, round(test_share * count)), sample_seed)
+        tested = f"; of {count} rows {len(splits['test'])} are test (task.test_share {test_share:g}), drawn likewise"
+    elif test_file is not None:
+        splits["test"] = [example_of(row, template) for row in read_rows(Path(test_file), "task.test_file")]
+        tested = f"; test is {test_file}"
     if eval_file is None:
         train, dev, split = hold_out(examples, dev_examples, sample_seed)
     else:
@@ -199,10 +218,10 @@ def instructions(
         name=name,
         kind="sequences",
         loss="lm",
-        splits={"train": train, "dev": dev},
+        splits={"train": train, "dev": dev} | splits,
         headline="perplexity",
         notes=(
-            f"{origin}: {split}",
+            f"{origin}: {split}{tested}",
             f"{' and '.join(f for f, n in forms.items() if n)}; the loss is on {loss} (task.mask_prompt)",
         ),
         max_length=MELORA_LENGTH if name == "alpaca" else None,

@@ -1,9 +1,9 @@
-"""Task `text`: causal language modelling on local `.txt` and `.jsonl` files; perplexity on a held-out part."""
+"""Task `text`: causal language modelling on local `.txt` and `.jsonl` files; perplexity on held-out parts."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from lorasc_ds.tasks.base import Example, Task
 from lorasc_ds.tasks.streams import Stream, find_rows
 
 HELD_OUT = 0.1  # of train_file, at its end, where no eval_file is given
+FILES = {"dev": "task.eval_file", "test": "task.test_file"}
 
 
 def read_text(path: Path, key: str) -> str:
@@ -76,28 +77,31 @@ def document(id: str, text: str, group: str = "") -> Example:
     return Example(id, prompt="", texts=(text,), group=group)
 
 
-def hold_out(documents: list[Example]) -> tuple[list[Example], list[Example]]:
-    """Cut off the last tenth: whole documents, or the end of the only one, at a line or word break.
+def hold_out(documents: list[Example], share: float, instead: str) -> tuple[list[Example], list[Example]]:
+    """Cut off the last share: whole documents, or the end of the only one, at a line or word break.
+
+    Args:
+        instead: the setting that makes it needless, for the error.
 
     Raises:
         DataError: there is nothing to cut.
     """
     if len(documents) > 1:
-        kept = kept_of(len(documents))
+        kept = kept_of(len(documents), share)
         return documents[:kept], documents[kept:]
     whole = documents[0]
     text = whole.texts[0]
-    cut = round((1 - HELD_OUT) * len(text))
+    cut = round((1 - share) * len(text))
     breaks = [text.rfind(mark, 1, cut) for mark in ("\n", " ")]
     cut = next((at + 1 for at in breaks if at > 0), 0)
     if not text[:cut].strip() or not text[cut:].strip():
-        raise DataError(f"{whole.id} is too short to hold a part out: give task.eval_file")
+        raise DataError(f"{whole.id} is too short to hold a part out: give {instead}")
     return [document(whole.id, text[:cut], whole.group)], [document(f"{whole.id} (end)", text[cut:], whole.group)]
 
 
 def streamed(
-    files: Sequence[str], groups: Sequence[str], text_field: str, *, holds_out: bool
-) -> tuple[Stream, list[Example]]:
+    files: Sequence[str], groups: Sequence[str], text_field: str, shares: Mapping[str, float]
+) -> dict[str, Sequence[Example]]:
     """Train documents that are read when they are asked for, and those that are held out, in memory.
 
     Raises:
@@ -105,53 +109,75 @@ def streamed(
     """
     rows = [find_rows(Path(file), "task.train_file") for file in files]
     whole = Stream(rows, groups, partial(document_of, text_field=text_field))
-    if not holds_out:
-        return whole, []
-    for of_file in rows:
-        if len(of_file) == 1:
-            raise DataError(f"{of_file.path} has one document, none to hold out: give task.eval_file")
-    ends = [int(start) + kept_of(len(of_file)) for start, of_file in zip(whole.starts, rows, strict=False)]
-    kept = np.concatenate([np.arange(start, end) for start, end in zip(whole.starts, ends, strict=False)])
-    held_out = np.setdiff1d(np.arange(len(whole)), kept)
-    return whole.only(kept), list(whole.only(held_out))
+    places: dict[str, list[np.ndarray]] = {split: [] for split in ("train", *shares)}
+    for start, of_file in zip(whole.starts, rows, strict=False):
+        kept = len(of_file)
+        for split, share in shares.items():
+            if kept == 1:
+                raise DataError(
+                    f"{of_file.path} has too few documents to hold one out, {len(of_file)}: give {FILES[split]}"
+                )
+            end, kept = kept, kept_of(kept, share)
+            places[split].append(start + np.arange(kept, end))
+        places["train"].append(start + np.arange(kept))
+    found = {split: whole.only(np.concatenate(of_files)) for split, of_files in places.items()}
+    return {split: stream if split == "train" else list(stream) for split, stream in found.items()}
 
 
-def kept_of(documents: int) -> int:
-    """How many of several documents stay, where the last tenth is held out."""
-    return documents - max(1, round(HELD_OUT * documents))
+def in_memory(
+    files: Sequence[str], groups: Sequence[str], text_field: str, shares: Mapping[str, float]
+) -> dict[str, Sequence[Example]]:
+    """Train documents, and those that are held out.
+
+    Raises:
+        DataError: a file or a row of it cannot be used, or there is nothing to hold out.
+    """
+    found: dict[str, list[Example]] = {split: [] for split in ("train", *shares)}
+    for file, group in zip(files, groups, strict=True):
+        documents = read_documents(Path(file), "task.train_file", text_field, group)
+        for split, share in shares.items():
+            documents, held_out = hold_out(documents, share, FILES[split])
+            found[split] += held_out
+        found["train"] += documents
+    return dict(found)
+
+
+def kept_of(documents: int, share: float) -> int:
+    """How many of several documents stay, where the last share is held out."""
+    return max(1, documents - max(1, round(share * documents)))
 
 
 def text(
     *,
     train_file: str | tuple[str, ...],
     eval_file: str | None,
+    test_file: str | None,
+    test_share: float | None,
     weights: tuple[float, ...] | None,
     text_field: str,
     streaming: bool,
 ) -> Task:
-    """Local files as a task. Splits: `train` and `dev` (the held-out part, of each file its own).
+    """Local files as a task. Splits: `train`, `dev` and, with `test_file` or `test_share`, `test`.
 
-    Each of several files is a group, called by its path.
+    What is held out is the end of each file, of what is left then dev the end. Each of several files is a group, called
+    by its path.
 
     Raises:
         DataError: a file or a row of it cannot be used.
     """
     files = files_of(train_file)
     groups = files if len(files) > 1 else ("",)
-    train: Sequence[Example]
-    if streaming:
-        train, dev = streamed(files, groups, text_field, holds_out=eval_file is None)
-    else:
-        read = [read_documents(Path(f), "task.train_file", text_field, g) for f, g in zip(files, groups, strict=True)]
-        parts = [hold_out(documents) if eval_file is None else (documents, []) for documents in read]
-        train, dev = ([one for part in parts for one in part[at]] for at in (0, 1))
-    if eval_file is not None:
-        dev = read_documents(Path(eval_file), "task.eval_file", text_field)
+    shares = {} if test_share is None else {"test": test_share}
+    shares |= {} if eval_file is not None else {"dev": HELD_OUT}
+    splits = (streamed if streaming else in_memory)(files, groups, text_field, shares)
+    for split, file in (("dev", eval_file), ("test", test_file)):
+        if file is not None:
+            splits[split] = read_documents(Path(file), FILES[split], text_field)
     return Task(
         name="text",
         kind="documents",
         loss="lm",
-        splits={"train": train, "dev": dev},
+        splits={split: splits[split] for split in ("train", "dev", "test") if split in splits},
         headline="perplexity",
         weights=None if weights is None else dict(zip(groups, weights, strict=True)),
     )

@@ -63,11 +63,12 @@ def write_preprocessor(folder: Path, kind: str, size: int = SIZE) -> None:
     (folder / "preprocessor_config.json").write_text(json.dumps(COMMON | preprocessor(kind, size), indent=2))
 
 
-def clip_tokenizer() -> CLIPTokenizer:
-    """CLIP's own, of 49,408 tokens, where the real data is; else one without merges, a token per byte."""
+def clip_tokenizer(whole: bool = True) -> CLIPTokenizer:
+    """CLIP's own, of 49,408 tokens, where the real data is and it is to be whole; else a token per byte, no merges."""
     shared = Path(os.environ.get("LORASC_SHARED", Path(__file__).parents[2] / "shared"))
     file = shared / "data" / "tokenizers" / "clip" / "bpe_simple_vocab_16e6.txt.gz"
-    lines = gzip.decompress(file.read_bytes()).decode().split("\n")[1 : 49152 - 256 - 2 + 1] if file.exists() else []
+    there = whole and file.exists()
+    lines = gzip.decompress(file.read_bytes()).decode().split("\n")[1 : 49152 - 256 - 2 + 1] if there else []
     merges = [(left, right) for left, right in map(str.split, lines)]
     # in the order of the bytes that stand for themselves, then the others
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -96,8 +97,8 @@ def saved(folder: Path, kind: str, model: PreTrainedModel, tokenizer: PreTrained
     return folder
 
 
-def clip(folder: Path) -> Path:
-    tokenizer = clip_tokenizer()
+def clip(folder: Path, *, whole_tokenizer: bool = True) -> Path:
+    tokenizer = clip_tokenizer(whole_tokenizer)
     ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     text = TOWER | ends | {"vocab_size": len(tokenizer), "max_position_embeddings": 77}
     torch.manual_seed(0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -30,6 +31,7 @@ from lorasc_ds.study.publishing import computed_by, environments_of, load, publi
 from lorasc_ds.study.records import Record
 from lorasc_ds.study.results import results_of
 from lorasc_ds.study.study import carry_out, read, tables, to_do
+from lorasc_ds.study.tables import score_text
 
 Parsed = Callable[..., StudyOptions]
 MACHINE = {"commit": "c", "python": "3", "processor": "a CPU", "threads": 1, "packages": {"torch": "2"}}
@@ -236,6 +238,30 @@ def test_committed_tables_are_of_the_committed_results_and_none_is_missing(file:
     found = read(replace(options, output_dir=file.parent / "nothing is here"), load(file, "--known"))
     assert "missing" not in {one.state for one in found}
     assert as_markdown([*tables(options.study, found), computed_by(found)]) == (file.parent / "tables.md").read_text()
+
+
+TABLES_IN_README = re.findall(r"<!-- of (\S+): ([^>]+) -->\n((?:\|.*\n)+)", (ROOT / "README.md").read_text())
+
+
+@pytest.mark.parametrize(("name", "scores", "table"), TABLES_IN_README, ids=[name for name, *_ in TABLES_IN_README])
+def test_tables_of_the_readme_are_of_the_committed_results(name: str, scores: str, table: str) -> None:
+    """A row for every task; for every score a column for every method, as `tables.md` has them."""
+    file = ROOT / "launch" / "studies" / "results" / name / "results.jsonl"
+    options = parse_options([f"{ROOT / 'launch' / 'studies' / name}.yaml", "--known", str(file)])
+    results = results_of(
+        options.study, read(replace(options, output_dir=file.parent / "nothing"), load(file, "--known"))
+    )
+    columns = [(score, row) for score in scores.split(", ") for row in results.rows]
+    head = [f"{score}: {row.label}" if row == results.rows[0] else row.label for score, row in columns]
+    rows = [[task, *(score_text(results, task, row, score) for score, row in columns)] for task in options.study.tasks]
+    expected = [["", *head], ["---", *["---:"] * len(head)], *rows]
+    assert table == "".join(f"| {' | '.join(row)} |\n".replace("|  |", "| |") for row in expected)
+
+
+def test_the_readme_has_a_table_of_every_fair_benchmark_that_was_run() -> None:
+    assert {file.parent.name for file in PUBLISHED if "fair" in file.parent.name} <= {
+        name for name, *_ in TABLES_IN_README
+    }
 
 
 @pytest.mark.parametrize(

@@ -226,7 +226,7 @@ class Trainer:
     def evaluate(self) -> Scores:
         """On every split but `train`; what every example scored is in `examples` until the next call."""
         self.examples = ExampleMetrics()
-        splits = {split: self.preparation.splits[split] for split in self.preparation.task.evaluation_splits}
+        splits = {split: examples for split, examples in self.preparation.splits.items() if split != "train"}
         return self.scores(splits, record=self.examples.add)
 
     @span("evaluation")

@@ -243,7 +243,7 @@ def test_p_of_what_is_not_finite_is_none_and_spoils_no_other() -> None:
     sure = compare([1.0, 1.1, 1.2], [0.0, 0.1, 0.3], [None] * 3, [None] * 3)
     tested = corrected({("a", "row", "ppl"): lost, ("b", "row", "ppl"): sure, ("b", "row", "acc"): sure})
     assert tested.keys() == {("b", "row", "ppl"), ("b", "row", "acc")}
-    assert all(one.p == sure.p for one in tested.values()), "alone in its score, nothing to correct for"
+    assert all(one.p == 2 * (sure.p or 0.0) for one in tested.values()), "two that can be tested"
 
 
 def test_examples_that_are_not_the_same_on_both_sides_are_not_compared() -> None:

@@ -213,7 +213,7 @@ def test_what_is_kept_gives_the_tables_and_figures_again_and_its_runs_need_not_b
     failed.with_suffix(".json").write_text('{"exit_code": 3, "message": "error: loss is nan", "seconds": 1.0}')
     carry_out(replace(options, collect=True))
     live = results_of(options.study, read(options))
-    assert as_markdown(tables(options.study, read(options))) in (options.output_dir / "tables.md").read_text()
+    assert as_markdown(tables(live)) in (options.output_dir / "tables.md").read_text()
     assert any(one.comparison.p_examples is not None for one in live.tested.values())
     known = options.output_dir / "results.jsonl"
     again = replace(options, known=known, collect=True, output_dir=tmp_path / "again")
@@ -237,7 +237,10 @@ def test_committed_tables_are_of_the_committed_results_and_none_is_missing(file:
     options = parse_options([f"{file.parents[2] / file.parent.name}.yaml", "--known", str(file)])
     found = read(replace(options, output_dir=file.parent / "nothing is here"), load(file, "--known"))
     assert "missing" not in {one.state for one in found}
-    assert as_markdown([*tables(options.study, found), computed_by(found)]) == (file.parent / "tables.md").read_text()
+    assert (
+        as_markdown([*tables(results_of(options.study, found)), computed_by(found)])
+        == (file.parent / "tables.md").read_text()
+    )
 
 
 TABLES_IN_README = re.findall(r"<!-- of (\S+): ([^>]+) -->\n((?:\|.*\n)+)", (ROOT / "README.md").read_text())

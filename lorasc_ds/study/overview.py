@@ -88,7 +88,7 @@ def stability_sheets(results: Results) -> list[Sheet]:
     listed = "; ".join(f"{task}: {', '.join(f'{rate:g}' for rate in of_task)}" for task, of_task in rates.items())
     notes = (
         f"mean over the learning rates that all rows have tried, ± over seeds, and the worst of them; {listed}",
-        f"↑ ↓: higher or lower than {baseline}, p < {LEVEL}; {TEST}",
+        f"↑ ↓: higher or lower than {baseline}, p < {LEVEL}; {TEST.replace('of the study', 'of this kind')}",
     )
     return [
         Sheet(

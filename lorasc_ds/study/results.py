@@ -60,13 +60,10 @@ class Tested:
 
 
 def corrected(compared: Mapping[tuple[str, str, str], Comparison]) -> dict[tuple[str, str, str], Tested]:
-    """Those that can be tested, by (task, row's label, name of the score); corrected over all that share the score."""
-    found: dict[tuple[str, str, str], Tested] = {}
-    for name in dict.fromkeys(name for _, _, name in compared):
-        p_values = {key: one.p for key, one in compared.items() if key[2] == name and one.p is not None}
-        adjusted = zip(p_values, holm([*p_values.values()]), strict=True)
-        found |= {key: Tested(compared[key], p) for key, p in adjusted}
-    return found
+    """Those that can be tested, by (task, row's label, name of the score); corrected over all of them."""
+    p_values = {key: one.p for key, one in compared.items() if one.p is not None}
+    adjusted = zip(p_values, holm([*p_values.values()]), strict=True)
+    return {key: Tested(compared[key], p) for key, p in adjusted}
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ TEST = (
     "paired t-tests (scipy.stats.ttest_1samp on differences to the baseline's row), two-sided: one over the seeds, one"
     " over the examples with their differences averaged over the seeds (a sign test where all differences are equal);"
     " the larger of the two p counts, so that a difference has to hold for other seeds and for other examples;"
-    " corrected by Holm over all comparisons of a score"
+    " corrected by Holm over all comparisons of the study"
 )
 
 

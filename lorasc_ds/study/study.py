@@ -18,8 +18,7 @@ from lorasc_ds.study.overview import best_sheets, stability_sheets
 from lorasc_ds.study.plan import Run
 from lorasc_ds.study.publishing import Published
 from lorasc_ds.study.records import DIVERGED, Record
-from lorasc_ds.study.results import check_names, results_of
-from lorasc_ds.study.study_config import StudyConfig
+from lorasc_ds.study.results import Results, check_names, results_of
 from lorasc_ds.study.tables import latex, sheets
 from lorasc_ds.study.worker import Job
 from lorasc_ds.study.worker import carry_out as run_jobs
@@ -158,7 +157,8 @@ def tell(options: StudyOptions, found: Sequence[Record]) -> None:
     study, folder = options.study, options.output_dir
     published = publishing.publish(folder, study.title, found)
     kept = [published.record(one.run, one.job) for one in found]
-    results, every = results_of(study, kept), tables(study, kept)
+    results = results_of(study, kept)
+    every = tables(results)
     write_atomically(folder / "tables.md", as_markdown([*every, publishing.computed_by(kept)]).encode())
     write_atomically(folder / "tables.tex", "\n".join(map(latex, every)).encode())
     for name, data in figures.draw(results).items():
@@ -170,6 +170,5 @@ def tell(options: StudyOptions, found: Sequence[Record]) -> None:
     )
 
 
-def tables(study: StudyConfig, found: Sequence[Record]) -> list[Sheet]:
-    results = results_of(study, found)
+def tables(results: Results) -> list[Sheet]:
     return [*sheets(results), *best_sheets(results), *stability_sheets(results)]

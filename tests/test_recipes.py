@@ -2,17 +2,10 @@
 
 from __future__ import annotations
 
-import gzip
-import importlib
 import json
 import math
-import os
 import re
 import shlex
-import shutil
-from collections.abc import Callable
-from dataclasses import replace
-from itertools import cycle, product
 from multiprocessing import active_children
 from pathlib import Path
 from typing import Any, get_args
@@ -24,33 +17,18 @@ import yaml
 from accelerate import Accelerator
 from conftest import RECIPE, ROOT
 from peft import LoraConfig, get_peft_model
-from PIL import Image
-from sklearn.datasets import load_sample_image
+from recipe_cases import FOLDER, TinyModels, config_of, files_of, written
 from torch.utils.data import DataLoader
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    LlamaForCausalLM,
-    get_linear_schedule_with_warmup,
-)
+from transformers import LlamaForCausalLM, get_linear_schedule_with_warmup
 
 from lorasc_ds import Cascade
 from lorasc_ds.algorithm.ledger import Ledger
-from lorasc_ds.cli import parse_command_line
 from lorasc_ds.config import AdapterConfig, CascadeConfig, Config
 from lorasc_ds.method import make_method, make_plan
 from lorasc_ds.preparation import prepare
 from lorasc_ds.run_directory import flatten
-from lorasc_ds.study.options import StudyOptions, load_study, parse_options
-from lorasc_ds.study.records import read as read_record
-from lorasc_ds.study.study import job_of
-from lorasc_ds.study.study_config import StudyConfig
-from lorasc_ds.study.worker import perform
-from lorasc_ds.tasks.mce import ALEXNET, SEVERITIES
 from lorasc_ds.train import main
 
-FOLDER = RECIPE.parent
 RECIPES = sorted(path.name for path in FOLDER.glob("*.yaml"))
 ON_THE_QUICKSTART = [name for name in RECIPES if name.startswith("quickstart")]
 ON_OTHERS = [name for name in RECIPES if not name.startswith("quickstart")]
@@ -60,12 +38,6 @@ MAKE_A_METHOD = {
     "adapter.method", "adapter.loraplus_lr_ratio", "cascade.strategy", "cascade.slow_retention",
     "cascade.noise_intensity", "cascade.prune_method", "cascade.prune_fraction", "training.learning_rate",
 }  # fmt: skip
-
-
-def config_of(*arguments: str, recipe: str = "quickstart.yaml") -> Config:
-    invocation = parse_command_line(["--config", str(FOLDER / recipe), *arguments], RECIPE)
-    assert not isinstance(invocation, str)
-    return invocation.config
 
 
 def settings(config: Config, *, without: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -151,91 +123,9 @@ def test_the_flags_of_a_method_make_its_recipe(row: str) -> None:
     assert settings(config, without=unused) == settings(from_recipe, without=unused)
 
 
-def written(folder: Path, name: str, rows: list[dict[str, Any]]) -> None:
-    (folder / name).write_text("\n".join(json.dumps(row) for row in rows))
-
-
-def photographs(folder: Path) -> None:
-    """Pieces of two real photographs: six of each for training, two held out."""
-    for wnid, name in (("n03028079", "china.jpg"), ("n11939491", "flower.jpg")):
-        whole = Image.fromarray(load_sample_image(name))
-        for at in range(8):
-            piece = folder / ("train" if at < 6 else "val") / wnid / f"{at}.jpg"
-            piece.parent.mkdir(parents=True, exist_ok=True)
-            whole.crop((70 * at, 100, 70 * at + 130, 200)).save(piece)
-
-
-def files_of(task: str, data: Path, made: Path) -> list[str]:
-    """Flags that put released files, real or made, in the place of a hub data set or of one's own file."""
-    folders = {"gsm8k": data / "gsm8k"}
-    for name, folder in (("rte", "RTE"), ("cb", "CB"), ("wsc", "WSC"), ("copa", "COPA")):
-        folders[name] = data / "superglue" / folder
-    for name, folder in (("boolq", "BoolQ"), ("record", "ReCoRD")):
-        folders[name] = data / "superglue" / "fewglue32" / folder
-    if task == "squad":  # an article: the whole release takes seconds to read
-        release = json.loads(gzip.decompress((data / "squad" / "dev-v1.1.rebuilt.json.gz").read_bytes()))
-        for name in ("train", "dev"):
-            (made / f"{name}-v1.1.json").write_text(json.dumps({"data": release["data"][:1]}))
-    if task == "sst2":
-        for name in ("train", "dev"):
-            (made / f"{name}.tsv").write_text("sentence\tlabel\n" + "a gripping ride \t1\na bore \t0\n" * 8)
-    if task == "wic":
-        row = {"word": "place", "sentence1": "Come to my place.", "sentence2": "A political place.", "label": False}
-        for name in ("train", "val"):
-            written(made, f"{name}.jsonl", [row | {"idx": n} for n in range(12)])
-    if task == "multirc":
-        answers = [{"text": "Ann", "label": 1}, {"text": "Bob", "label": 0}]
-        row = {"passage": {"text": "Ann has a dog.", "questions": [{"question": "Who has a dog?", "answers": answers}]}}
-        for name in ("train", "val"):
-            written(made, f"{name}.jsonl", [row] * 6)
-    if task == "drop":
-        for name in ("train", "dev"):
-            shutil.copy(data / "drop" / "allennlp_fixture_drop.json", made / f"drop_dataset_{name}.json")
-    if task in ("imagenet", "images"):
-        photographs(made)
-        (made / "names.txt").write_text("temple\nflower\n")
-        names = [f"--task.class_names={made / 'names.txt'}"] if task == "imagenet" else []
-        return [f"--task.data_dir={made}", "--task.dev_examples=2", *names]
-    if task in ("alpaca", "instructions"):
-        written(made, "train.jsonl", json.loads((data / "alpaca" / "random_9k.json").read_text())[:12])
-        return [f"--task.train_file={made / 'train.jsonl'}", "--task.dev_examples=2"]
-    if task == "text":
-        (made / "train.txt").write_text("Once upon a time there was a little dog. " * 400)
-        return [f"--task.train_file={made / 'train.txt'}", "--task.block_size=32"]
-    sizes = [f"--task.{split}_examples={count}" for split, count in (("train", 2), ("dev", 2), ("test", 2))]
-    if task == "digit_images":
-        return sizes
-    answers = ["--task.max_new_tokens=16"] if task == "gsm8k" else []
-    return [f"--task.data_dir={folders.get(task, made)}", *sizes, *answers]
-
-
-SHAPE = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 32}
-SHAPE |= {"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 4096}
-
-
 @pytest.fixture(scope="session")
-def tiny_models(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """A tiny random model of the architecture that a hub id names, with a real tokenizer."""
-    found: dict[str, Path] = {}
-
-    def folder_of(name: str) -> Path:
-        if name == "quickstart-vit":
-            return Path(name)
-        kind = next((kind for kind in ("Qwen3", "clip", "vit") if kind.lower() in name.lower()), "llama").lower()
-        if kind not in found:
-            found[kind] = tmp_path_factory.mktemp(kind)
-            if kind == "clip":  # every task of an evaluation reads the tokenizer: CLIP's own takes half a second
-                return image_models.clip(found[kind], whole_tokenizer=False)
-            if kind == "vit":  # without a classifier, as the one that the recipe names
-                return image_models.vit(found[kind], classes=None)
-            torch.manual_seed(0)
-            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **SHAPE))
-            model.generation_config.eos_token_id = [*range(SHAPE["vocab_size"] // 2)]  # answers end soon
-            model.save_pretrained(found[kind])
-            AutoTokenizer.from_pretrained(shared_data / "models" / "stories260K").save_pretrained(found[kind])
-        return found[kind]
-
-    return folder_of
+def tiny_models(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> TinyModels:
+    return TinyModels(shared_data, tmp_path_factory.mktemp)
 
 
 PAPER_TASKS = ["rte", "sst2", "cb", "boolq", "wsc", "wic", "multirc", "copa", "record", "squad", "drop", "gsm8k"]
@@ -244,7 +134,7 @@ EXECUTED = [(name, None) for name in ON_OTHERS] + [("llama2-7b.yaml", task) for 
 
 @pytest.mark.parametrize(("name", "task"), EXECUTED, ids=lambda value: str(value or ""))
 def test_a_recipe_takes_two_steps_and_is_scored(
-    name: str, task: str | None, tiny_models: Callable[[str], Path], shared_data: Path, tmp_path: Path
+    name: str, task: str | None, tiny_models: TinyModels, shared_data: Path, tmp_path: Path
 ) -> None:
     """On a tiny model of its architecture and on released files: the loss is a number, every split has its scores."""
     other = [f"--task.name={task}"] if task else []
@@ -321,80 +211,3 @@ def test_the_loops_of_the_readme_run(
     exec(after, dict(names))
     assert [record.steps for record in Ledger.load(tmp_path / "runs/mine/ledger").experts] == [(0, 2), (2, 4), (4, 6)]
     LlamaForCausalLM.from_pretrained(tmp_path / "runs/mine/model")
-
-
-PAPER_STUDIES = ["table1", "table2", "table3", "table4", "figure2", "rank_growth", "noise", "retention"]
-ROBUSTNESS = importlib.import_module("lorasc_ds.tasks.robustness")  # the package has a function of this name
-MOST_EXPERTS = 1250 if "LORASC_LONG" in os.environ else 25  # .ci/long: 125 take ten seconds and 1250 minutes
-
-
-def robustness_sets(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The sets where Table 3's study looks for them from `folder`, as if ImageNet had two classes, the photographs'."""
-    photographs(folder)
-    held_out, data = folder / "val", folder / "data"
-    wordnet_ids = sorted(path.name for path in held_out.iterdir())
-    monkeypatch.setattr(ROBUSTNESS, "WORDNET_IDS", wordnet_ids)
-    monkeypatch.setattr(ROBUSTNESS, "SUBSETS", dict.fromkeys(ROBUSTNESS.SUBSETS, (0, 1)))
-    for corruption, severity in product(ALEXNET, SEVERITIES):
-        (data / "imagenet-c" / corruption).mkdir(parents=True, exist_ok=True)
-        (data / "imagenet-c" / corruption / str(severity)).symlink_to(held_out)
-    for name in ("imagenet-r", "imagenet-a", "sketch", "imagenet-stylized"):
-        (data / name).symlink_to(held_out)
-    for number, wordnet_id in enumerate(wordnet_ids):  # as V2's classes are called
-        shutil.copytree(held_out / wordnet_id, data / "imagenetv2" / str(number))
-
-
-def by_task(file: Path, study: StudyConfig, model: Path, data: Path, folder: Path) -> list[StudyOptions]:
-    """The study once for each of its tasks, at a rate and seed, with an epoch of one step on files in `folder`."""
-    common = [str(file), "--output_dir=out", "--seeds=0", "--training.learning_rate=1e-4", "--training.warmup_steps=0"]
-    common += ["--training.evaluate=end", "--training.select=last", "--training.data_workers=0"]
-    found = []
-    for at, (task, variant) in enumerate(study.tasks.items()):
-        kind = variant.set.get("task.name", config_of(recipe=Path(study.recipe).name).task.name)
-        (made := folder / f"made{at}").mkdir()
-        step = 10 if kind in ("alpaca", "imagenet") else 2  # all training examples of `files_of`
-        flags = [f"--tasks={task}", f"--model.name_or_path={model}", *files_of(kind, data, made)]
-        flags += [f"--training.batch_size={step}", f"--training.micro_batch_size={step}"]
-        flags += ["--task.templates=simple" if kind == "imagenet" else "--training.max_length=288"]
-        found.append(parse_options([*common, *flags]))
-    return found
-
-
-@pytest.mark.parametrize("name", PAPER_STUDIES)
-def test_every_row_of_a_study_of_the_paper_is_trained_and_has_its_scores(
-    name: str, tiny_models: Callable[[str], Path], shared_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """With all its experts, epochs and ranks, at one point of its grid; the next row on the study's next task."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("lorasc_ds.inspection.files_of", lambda figures: {})  # sixty pictures take half a minute
-    file = FOLDER.parent / "studies" / f"{name}.yaml"
-    study = load_study(file)
-    model = tiny_models(config_of(recipe=Path(study.recipe).name).model.name_or_path)
-    studies = by_task(file, study, model, shared_data, tmp_path)
-    scored: dict[str, Any] = {}
-    if name == "table2":
-        scored = {"data_dir": str(shared_data), "limit": 1, "sandbox": "none"}
-    if name == "table3":
-        scored = {"data_dir": "data", "limit": 1}
-        robustness_sets(tmp_path, monkeypatch)
-    monkeypatch.setattr("sys.argv", [])  # which a run changes
-    rows = dict.fromkeys(run.row for run in studies[0].runs)
-    for row, options in zip(rows, cycle(studies), strict=False):
-        run = next(run for run in options.runs if run.row == row)
-        cascade, epochs = run.config.cascade, round(run.config.training.epochs)
-        by_default = {"lora": 1, "cola": 2}.get(cascade.strategy, epochs)
-        experts = by_default if cascade.experts is None else cascade.experts
-        if experts > MOST_EXPERTS:
-            continue
-        job = job_of(replace(options, study=study.model_copy(update={"evaluate": study.evaluate | scored})), run)
-        if experts > epochs:
-            job = replace(job, train=(*job.train, f"--training.max_steps={experts}"))
-        assert perform(job) == 0, run.title
-        record = read_record(run, job)
-        assert record.state == "done"
-        assert record.facts is not None
-        assert (record.facts["steps"], record.facts["experts"]) == (max(experts, epochs), experts)
-        variant = study.tasks[run.task]
-        names = [*(variant.scores or study.scores).values(), variant.select_by or study.select_by]
-        values = {score: record.score(score) for score in names}
-        assert all(value is not None and math.isfinite(value) for value in values.values()), (run.title, values)

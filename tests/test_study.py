@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import statistics
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,9 +18,8 @@ from PIL import Image
 from study_cases import YAML, good, parse, written
 
 from lorasc_ds.errors import ConfigError, DataError
-from lorasc_ds.study import figures, records
-from lorasc_ds.study.comparison_figures import differences_figure, growth_figure, trade_off_figure
-from lorasc_ds.study.options import StudyOptions, parse_options
+from lorasc_ds.study import records
+from lorasc_ds.study.options import StudyOptions
 from lorasc_ds.study.results import corrected, results_of
 from lorasc_ds.study.selection import choose
 from lorasc_ds.study.statistics import compare, holm, p_of
@@ -333,144 +331,7 @@ def test_values_of_the_paper_stand_beside_ours_or_below(parsed: Parsed) -> None:
     )
 
 
-def test_figures_can_be_read_in_grey_and_are_the_same_at_every_call(parsed: Parsed, tmp_path: Path) -> None:
-    options = parsed(change=("grid: {training", "sweep: {training.epochs: [1, 2]}\ngrid: {training"))
-    written(options, good)
-    results = results_of(options.study, read(options))
-    drawn = figures.draw(results)
-    names = ("scores", "over_epochs")  # all rows are swept: over the rates there is nothing to draw
-    assert drawn.keys() == {f"{name}.{kind}" for name in names for kind in ("png", "svg")}
-    assert drawn == figures.draw(results)
-    for name in ("scores.png", "over_epochs.png"):
-        (tmp_path / name).write_bytes(drawn[name])
-        pixels = np.asarray(Image.open(tmp_path / name).convert("RGB")).astype(int)
-        assert (pixels.max(axis=2) - pixels.min(axis=2)).max() == 0, "no colour"
-        assert (pixels < 60).any()
-
-
-def test_differences_are_drawn_with_their_intervals_where_tasks_are_many_and_rows_few(parsed: Parsed) -> None:
-    two = parsed()
-    written(two, good)
-    assert "differences.png" not in figures.draw(results_of(two.study, read(two)))
-    three = parsed(change=("  one: {}", "  one: {}\n  half: {set: {task.label_noise: 0.5}}"))
-    written(replace(three, runs=tuple(run for run in three.runs if run.task == "half")), good)
-    results = results_of(three.study, read(three))
-    assert "differences.png" in figures.draw(results)
-    figure = differences_figure(results, [row for row in results.rows if row.label == "Slow"])
-    for axis in figure.axes:
-        assert len(axis.containers) == 3
-        for mark in axis.containers:
-            line, _, (bar,) = mark.lines
-            ((left, _), (right, _)) = bar.get_segments()[0]
-            expected = scipy.stats.ttest_1samp([60.0, 60.0, 62.0], 0.0).confidence_interval(0.95)  # of `good`, by seed
-            assert line.get_xdata() == pytest.approx([182 / 3])
-            assert (left, right) == pytest.approx((expected.low, expected.high))
-
-
-def by_rate(task: str, row: str, choice: Any, seed: int) -> tuple[float, list[float]]:
-    """Right of 10: LoRA on 2 and 8 at the two rates, Slow on 5 and 6; dev is for the higher one and α = 0.8."""
-    high = choice["training.learning_rate"] == 0.01
-    dev = 0.5 * high + 0.1 * choice.get("cascade.slow_retention", 0.0)
-    right = (8 if high else 2) if row == "LoRA" else (6 if high else 5)
-    return dev, [1.0] * right + [0.0] * (10 - right)
-
-
-def test_a_trade_off_is_drawn_over_the_rates_with_the_rest_as_dev_chose_it(parsed: Parsed) -> None:
-    options = parsed(change=("seeds:", "trade_off: [old, new]\nseeds:"))
-    written(options, by_rate)
-    results = results_of(options.study, read(options))
-    assert {"trade_off.svg", "over_learning_rate.png"} <= figures.draw(results).keys()
-    panel = trade_off_figure(results, "old", "new").axes[0]
-    assert (panel.get_title(), panel.get_xlabel(), panel.get_ylabel()) == ("one", "old, per cent", "new, per cent")
-    lines = [(list(line.get_xdata()), list(line.get_ydata()), line.get_mfc()) for line in panel.lines]
-    assert [xs for xs, _, _ in lines] == [pytest.approx(xs) for xs in ([20, 80], [80], [50, 60], [60])]
-    assert all(xs == ys for xs, ys, _ in lines), "the hand-made runs score alike on both"
-    assert [face == "white" for _, _, face in lines] == [True, False, True, False]
-
-
-def test_a_trade_off_has_the_rows_of_a_sweep_and_leaves_out_what_is_not_there(parsed: Parsed) -> None:
-    sweep = ("grid: {cascade.slow_retention: [0.5, 0.8]}", "sweep: {cascade.slow_retention: [0.5, 0.8]}")
-    options = parsed(text=YAML.replace("seeds:", "trade_off: [old, new]\nseeds:"), change=sweep)
-    written(options, by_rate)
-    failing = next(run for run in options.runs if run.row.label == "LoRA" and run.choice[0][1] == 1e-3)
-    shutil.rmtree(options.directory(failing))
-    results = results_of(options.study, read(options))
-    drawn = trade_off_figure(results, "old", "new").axes[0].lines
-    assert [list(line.get_xdata()) for line in drawn] == [
-        pytest.approx(xs) for xs in ([80], [80], *([50, 60], [60]) * 2)
-    ]
-    over = figures.curves_figure(
-        results,
-        "cascade.slow_retention",
-        figures.swept(results, "cascade.slow_retention"),
-        figures.values_of_unswept(results),
-    )
-    level, *_ = over.axes[0].lines
-    assert list(level.get_ydata()) == pytest.approx([80, 80]), "LoRA, as dev chose it, beside the sweep"
-
-
-def test_the_growth_of_ranks_is_drawn_for_every_point_of_a_sweep(parsed: Parsed) -> None:
-    """Of experts 1 and 2, seed s, Slow at epochs e: ranks e + s and 2·e + s; the mean over seeds 0 to 2 adds 1."""
-    text = YAML.replace(
-        "new: new_domain/accuracy, old: old_domain/accuracy", "new: new_domain/accuracy, rank: ledger/rank"
-    )
-    options = parsed(
-        "--tasks=one", text=text, change=("grid: {training", "sweep: {training.epochs: [1, 4]}\ngrid: {training")
-    )
-    written(options, good)
-
-    def inspected(record: records.Record) -> records.Record:
-        epochs, seed = record.run.config.training.epochs, record.run.seed
-        once = record.run.row.strategy == "LoRA"
-        experts = (
-            {"expert": [1], "rank": [8.0]} if once else {"expert": [1, 2], "rank": [epochs + seed, 2 * epochs + seed]}
-        )
-        return replace(record, experts=experts)
-
-    results = results_of(options.study, [inspected(one) for one in read(options)])
-    assert "over_the_run.png" in figures.draw(results)
-    one, four = growth_figure(results).axes
-    assert (one.get_title(), four.get_title()) == ("epochs 1: rank", "epochs 4: rank")
-    for axis, epochs in ((one, 1), (four, 4)):
-        lines = [[list(line.get_xdata()), list(line.get_ydata())] for line in axis.lines]
-        assert lines == [[[1.0], [8.0]], [[0.5, 1.0], [epochs + 1.0, 2 * epochs + 1.0]]]
-
-
 @pytest.mark.parametrize("names", ["older, new", "new, new"])
 def test_a_trade_off_needs_two_of_the_scores(parsed: Parsed, names: str) -> None:
     with pytest.raises(ConfigError, match=f"trade_off names {names}: two different ones of new, old are needed"):
         parsed(change=("seeds:", f"trade_off: [{names}]\nseeds:"))
-
-
-@pytest.mark.parametrize(
-    "file", [path for path in STUDIES if path.stem not in ("table1", "table4", "figure2")], ids=lambda path: path.stem
-)
-def test_a_shipped_study_is_whole(file: Path) -> None:
-    options = parse_options([str(file)])
-    assert options.runs
-    assert options.output_dir == ROOT / "launch" / "studies" / "results" / file.stem
-    assert all(getattr(run.config.task, "dev_examples", None) != 0 for run in options.runs), "dev chooses"
-    assert len(options.study.seeds) >= (5 if file.stem.endswith("-mini") or "fair" in file.stem else 3)
-
-
-@pytest.mark.parametrize("name", ["fair-benchmark", "fair-benchmark-vit"])
-def test_the_fair_benchmark_tries_the_same_for_every_method_at_every_budget(name: str) -> None:
-    options = parse_options([str(ROOT / "launch" / "studies" / f"{name}.yaml")])
-    tried: dict[tuple[str, str], set[object]] = {}
-    for run in options.runs:
-        tried.setdefault((run.task, run.row.label), set()).add((run.choice, run.seed))
-    assert len({frozenset(points) for points in tried.values()}) == 1
-    assert {key for run in options.runs for key, _ in run.choice} == {"training.learning_rate"}
-    assert len({run.digest for run in options.runs}) == len(options.runs), "no budget is another"
-
-
-@pytest.mark.parametrize(
-    ("name", "rows", "runs"),
-    [("table1", 13, 12 * 3 * (5 * (3 * (2 + 3 + 9) + 1))), ("table4", 6, 0), ("figure2", 27, 0)],
-)
-def test_the_large_studies_of_the_paper_are_whole(name: str, rows: int, runs: int) -> None:
-    """One seed and one rate of a few thousand runs; the number of all of them is by hand."""
-    file = ROOT / "launch" / "studies" / f"{name}.yaml"
-    options = parse_options([str(file), "--seeds=0", "--training.learning_rate=1e-4"])
-    assert len({run.row.label for run in options.runs}) == rows
-    assert not runs or 15 * len(options.runs) == runs

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from lorasc_ds.inspection_rows import Row
 
 GREYS = (0.72, 0.0)  # of the first expert's spectrum, of the last one's
-STYLES = (("o-", "black"), ("s--", "#1f77b4"), ("^:", "#d95f02"))  # markers and dashes, so that colour is not needed
+STYLES = (("o-", "0.0"), ("s--", "0.55"), ("^:", "0.3"))  # marks, dashes and greys
 
 
 def draw(rows: Sequence[Row], title: str) -> Any:

@@ -27,7 +27,7 @@ from lorasc_ds.recipes import RecipeLoader, to_yaml
 
 PACKAGES = (
     "lorasc_ds", "torch", "accelerate", "transformers", "peft", "safetensors", "tokenizers", "numpy", "scikit-learn",
-    "pydantic", "tensorboard", "deepspeed",
+    "scipy", "pillow", "pydantic", "tensorboard", "deepspeed",
 )  # fmt: skip
 OTHERS = {"STOP", ".lock", ".owner"}  # no run, when there is nothing else
 TEMPORARY = ".tmp-"

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from lorasc_ds.preparation import Preparation
+from lorasc_ds.preparation import Preparation, Reading
 from lorasc_ds.streaming import looked_at
 from lorasc_ds.text_reading import TextReading
 
@@ -26,24 +26,26 @@ def tower_parameters(shape: PreTrainedModel) -> int:
     return sum(one.numel() for module in tower_of(shape) for one in module.parameters(recurse=False))
 
 
-def patches(preparation: Preparation) -> tuple[int, int]:
+def patches(shape: PreTrainedModel, reading: Reading) -> tuple[int, int]:
     """The patches of a row's images and the numbers of their pixels, the most that one of the first rows has.
 
-    A tower that cuts images up by other means than a convolution is counted as one patch.
+    Of the first split, which in a run is the one that is trained on. A tower that cuts images up by other means than a
+    convolution is counted as one patch.
     """
-    reading = preparation.reading
     if not isinstance(reading, TextReading) or reading.layout.pixels is None:
         return 0, 0
-    rows = (example.visuals for example in looked_at(reading.splits["train"]) if example.visuals is not None)
+    rows = (
+        example.visuals for example in looked_at(next(iter(reading.splits.values()))) if example.visuals is not None
+    )
     numbers = max(reading.layout.pixels([one])["pixel_values"].numel() for one in islice(rows, LOOKED_AT))
-    weights = (one for module in tower_of(preparation.shape) for one in module.parameters(recurse=False))
+    weights = (one for module in tower_of(shape) for one in module.parameters(recurse=False))
     of_patch = max((one[0].numel() for one in weights if one.ndim > 3), default=numbers)  # of the convolution that cuts
     return numbers // of_patch, numbers
 
 
 def passing_bytes(preparation: Preparation) -> int:
     """What a row's images take while they are read: their pixels, and what the widest matrix makes of all patches."""
-    count, numbers = patches(preparation)
+    count, numbers = patches(preparation.shape, preparation.reading)
     return 4 * numbers + count * max(map(matrix_bytes, tower_of(preparation.shape)), default=0)
 
 
@@ -56,7 +58,7 @@ def kept_bytes(preparation: Preparation) -> int:
     tower = tower_of(preparation.shape)
     if not any(one.requires_grad for module in tower for one in module.parameters(recurse=False)):
         return passing_bytes(preparation)
-    count, numbers = patches(preparation)
+    count, numbers = patches(preparation.shape, preparation.reading)
     if preparation.config.training.gradient_checkpointing:
         layers = [module for module in tower if isinstance(module, GradientCheckpointingLayer)]
         inputs = [next(one for one in layer.modules() if isinstance(one, nn.Linear)) for layer in layers]

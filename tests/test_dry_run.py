@@ -11,7 +11,7 @@ from conftest import RECIPE
 from lorasc_ds import models
 from lorasc_ds.cli import parse_command_line
 from lorasc_ds.dry_run import memory_lines, preview_lines
-from lorasc_ds.duration import duration_lines, seconds
+from lorasc_ds.duration import duration_lines, scored_in, seconds
 from lorasc_ds.encoded import ScoredTokens
 from lorasc_ds.memory import GIB, SHIPPED, memory_plan
 from lorasc_ds.models import forward_parameters
@@ -136,10 +136,10 @@ def test_the_time_is_that_of_the_tokens() -> None:
     (line,) = duration_lines(preparation)
     read = 66  # of 67 tokens, the answer is not read
     assert f"training 1 s ({2 * 12 * read:,} tokens), 3 evaluations 1 s ({(8 + 4 * 10) * read:,} tokens each)" in line
-    assert seconds(preparation, 10**9, 1) == pytest.approx(
+    assert seconds(scored_in(preparation), 10**9, 1) == pytest.approx(
         2 * forward_parameters(preparation.shape) * 1e9 / (0.4 * 67e12)
     )
-    assert seconds(preparation, 1, 1000) == 1000 * 4 * 5e-4
+    assert seconds(scored_in(preparation), 1, 1000) == 1000 * 4 * 5e-4
 
 
 def test_the_time_of_images_is_told_in_images() -> None:

@@ -10,7 +10,7 @@ from PIL import Image
 
 from lorasc_ds.cli import parse_command_line
 from lorasc_ds.config import Config
-from lorasc_ds.duration import OPERATIONS, REACHED, prompt_seconds
+from lorasc_ds.duration import OPERATIONS, REACHED, prompt_seconds, scored_in
 from lorasc_ds.errors import ConfigError
 from lorasc_ds.preparation import prepare
 from lorasc_ds.selection import Patience
@@ -71,7 +71,7 @@ def test_wordnet_ids_are_refused_by_a_head_of_text(folder: Path) -> None:
 
 
 def test_a_live_text_tower_takes_time(folder: Path) -> None:
-    assert prompt_seconds(prepare(configured(folder))) == 0
+    assert prompt_seconds(scored_in(prepare(configured(folder)))) == 0
     preparation = prepare(configured(folder, "--task.head=text"))
     text = preparation.shape.config.text_config
     layer = 4 * text.hidden_size * (text.hidden_size + 1) + 2 * text.hidden_size * 2
@@ -82,4 +82,6 @@ def test_a_live_text_tower_takes_time(folder: Path) -> None:
         + text.hidden_size * preparation.shape.config.projection_dim
     )
     tokens = 2 * 1 * preparation.reading.prompts.ids.shape[1]
-    assert prompt_seconds(preparation) == pytest.approx(2 * whole * tokens / (REACHED * OPERATIONS["bfloat16"]))
+    assert prompt_seconds(scored_in(preparation)) == pytest.approx(
+        2 * whole * tokens / (REACHED * OPERATIONS["bfloat16"])
+    )

@@ -19,7 +19,7 @@ from lorasc_ds import memory, models
 from lorasc_ds.activations import layer_bytes
 from lorasc_ds.cli import parse_command_line
 from lorasc_ds.dry_run import memory_lines
-from lorasc_ds.duration import image_seconds
+from lorasc_ds.duration import image_seconds, scored_in
 from lorasc_ds.memory import GIB, Memory, activation_bytes, engines, gpu_bytes, memory_plan
 from lorasc_ds.objectives import summed_loss
 from lorasc_ds.preparation import Preparation, attach_adapters, prepare
@@ -239,13 +239,13 @@ def test_images_of_a_vision_language_model_are_counted(
         f"--model.name_or_path={tmp_path}", "--task.name=image_text", f"--task.train_file={rows}",
         "--task.dev_examples=4", "--task.max_new_tokens=4", f"--adapter.target_modules={target}", f"--training.gradient_checkpointing={checkpointing}",
     )  # fmt: skip
-    assert patches(preparation) == (36, 3 * 48 * 48)
+    assert patches(preparation.shape, preparation.reading) == (36, 3 * 48 * 48)
     model = models.load_model(preparation.config.model)
     of_images = {
         name: one.numel() for name, one in model.named_parameters() if "vision_tower" in name or "projector" in name
     }
     assert tower_parameters(model) == sum(of_images.values())
-    assert image_seconds(preparation, 10) == pytest.approx(
+    assert image_seconds(scored_in(preparation), 10) == pytest.approx(
         2 * 10 * 36 * tower_parameters(preparation.shape) / (0.4 * 67e12)
     )
     assert activation_bytes(preparation) == pytest.approx(peak_bytes(preparation), rel=0.2)

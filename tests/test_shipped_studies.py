@@ -24,7 +24,7 @@ from lorasc_ds.tasks.mce import ALEXNET, SEVERITIES
 STUDIES = FOLDER.parent / "studies"
 PAPER_STUDIES = ["table1", "table2", "table3", "table4", "figure2", "rank_growth", "noise", "retention"]
 ROBUSTNESS = importlib.import_module("lorasc_ds.tasks.robustness")  # the package has a function of this name
-MOST_EXPERTS = 1250 if "LORASC_LONG" in os.environ else 25  # .ci/long: 125 take ten seconds and 1250 minutes
+LONG = pytest.mark.skipif("LORASC_LONG" not in os.environ, reason="1250 experts take minutes: see .ci/long")
 
 
 @pytest.fixture(scope="session")
@@ -43,6 +43,13 @@ def test_a_shipped_study_is_whole(file: Path) -> None:
     assert options.output_dir == STUDIES / "results" / file.stem
     assert all(getattr(run.config.task, "dev_examples", None) != 0 for run in options.runs), "dev chooses"
     assert len(options.study.seeds) >= (5 if file.stem.endswith("-mini") or "fair" in file.stem else 3)
+
+
+def test_every_study_that_two_cores_can_run_was_run() -> None:
+    """And is committed; that nothing is missing in it, `test_study_results.py` sees."""
+    small = {file.stem for file in STUDIES.glob("*.yaml") if file.stem.endswith("-mini") or "fair" in file.stem}
+    assert len(small) == len(PAPER_STUDIES) + 2
+    assert {file.parent.name for file in (STUDIES / "results").glob("*/results.jsonl")} == small
 
 
 @pytest.mark.parametrize("name", ["fair-benchmark", "fair-benchmark-vit"])
@@ -100,9 +107,17 @@ def by_task(file: Path, study: StudyConfig, model: Path, data: Path, folder: Pat
     return found
 
 
-@pytest.mark.parametrize("name", PAPER_STUDIES)
+@pytest.mark.parametrize(
+    ("name", "most_experts"),
+    [*((name, 125) for name in PAPER_STUDIES), pytest.param("table4", 1250, marks=LONG)],
+)
 def test_every_row_of_a_study_of_the_paper_is_trained_and_has_its_scores(
-    name: str, tiny_models: TinyModels, shared_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str,
+    most_experts: int,
+    tiny_models: TinyModels,
+    shared_data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """With all its experts, epochs and ranks, at one point of its grid; the next row on the study's next task."""
     monkeypatch.chdir(tmp_path)
@@ -124,7 +139,7 @@ def test_every_row_of_a_study_of_the_paper_is_trained_and_has_its_scores(
         cascade, epochs = run.config.cascade, round(run.config.training.epochs)
         by_default = {"lora": 1, "cola": 2}.get(cascade.strategy, epochs)
         experts = by_default if cascade.experts is None else cascade.experts
-        if experts > MOST_EXPERTS:
+        if (experts > 125) != (most_experts > 125):
             continue
         job = job_of(replace(options, study=study.model_copy(update={"evaluate": study.evaluate | scored})), run)
         if experts > epochs:

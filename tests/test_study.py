@@ -18,8 +18,11 @@ from PIL import Image
 from study_cases import YAML, good, parse, written
 
 from lorasc_ds.errors import ConfigError, DataError
+from lorasc_ds.robustness_report import Sheet
 from lorasc_ds.study import records
 from lorasc_ds.study.options import StudyOptions
+from lorasc_ds.study.paper import TABLES
+from lorasc_ds.study.plan import Row
 from lorasc_ds.study.results import corrected, results_of
 from lorasc_ds.study.selection import choose
 from lorasc_ds.study.statistics import compare, holm, p_of
@@ -259,13 +262,14 @@ def test_tables_are_means_and_spreads_of_what_was_chosen(parsed: Parsed, capsys:
     options = parsed()
     written(options, good)
     tell(options, read(options))
-    new, _, differences, _, chosen = sheets(results_of(options.study, read(options)))
+    new, _, differences, _, chosen, warned = sheets(results_of(options.study, read(options)))
     assert new.head == ("method", "one", "two")
     assert differences.title == "differences to LoRA, A study: new"
     assert new.rows == (("LoRA", *["30.3 ± 0.6"] * 2), ("Slow", *["91.0 ± 1.0 ↑"] * 2))
     assert differences.rows[0][0] == "Slow"
     assert differences.rows[0][1].startswith("+60.7, p 0.0")
     assert chosen.rows[1][1] == "learning_rate 0.01†, slow_retention 0.8 (dev 70.0 ± 0.0)", "the higher of two"
+    assert warned.rows == (("Slow", "gap 2", "gap 2"),)
     assert r"91.0 $\pm$ 1.0 $\uparrow$ & 91.0 $\pm$ 1.0 $\uparrow$ \\" in latex(new)
     lines = [json.loads(line) for line in (options.output_dir / "results.jsonl").read_text().splitlines()]
     assert [line["digest"] for line in lines] == [run.digest for run in options.runs]
@@ -322,6 +326,10 @@ def test_values_of_the_paper_stand_beside_ours_or_below(parsed: Parsed) -> None:
     written(beside, good)
     rows = sheets(results_of(beside.study, read(beside)))[0].rows
     assert rows[1] == ("LoRA (quoted)", "87.4", "-")
+    narrow = parsed("--tasks=rte", text=YAML.replace("  one:", "  rte:").replace("title: A", "paper: table1\ntitle: A"))
+    narrow = replace(narrow, study=narrow.study.model_copy(update={"scores": {"new": "new_domain/accuracy"}}))
+    (scores, *_) = sheets(results_of(narrow.study, read(narrow)))
+    assert (scores.head, scores.rows[1]) == (("method", "rte"), ("LoRA (quoted)", "87.4"))
     below = parsed(change=("title: A", "paper: table4\ntitle: A"))
     quoted = sheets(results_of(below.study, [records.read(run, job_of(below, run)) for run in below.runs]))[2]
     assert quoted.title == "quoted, other model and data"
@@ -329,6 +337,21 @@ def test_values_of_the_paper_stand_beside_ours_or_below(parsed: Parsed) -> None:
         "+++ Noise Tuning, experts 1250 (quoted)",
         *["83.8", "49.4", "69.4", "85.3", "81.1", "92.9", "88.1"],
     )
+
+
+def test_a_row_is_quoted_whether_its_adapter_stands_before_it_or_not() -> None:
+    quoted = TABLES["table1"]
+    assert quoted.of(Row("LoRA", "+ Cascade", None, "+ Cascade")) == quoted.rows["LoRA + Cascade"]
+    assert quoted.of(Row("DoRA", "+ Cascade", None, "DoRA + Cascade")) == quoted.rows["DoRA + Cascade"]
+    assert quoted.of(Row("LoRA", "LoRA", None, "LoRA")) == quoted.rows["LoRA"]
+    assert quoted.of(Row("DoRA", "w/ COLA", None, "DoRA w/ COLA")) == {}
+
+
+def test_what_is_special_to_latex_is_written_out() -> None:
+    text = latex(Sheet("a~b", ("50 %", "#_&"), (("$x^2$", "{1}"),)))
+    assert r"50 \% & \#\_\& \\" in text
+    assert r"\$x\textasciicircum{}2\$ & \{1\} \\" in text
+    assert r"\caption{a\textasciitilde{}b}" in text
 
 
 @pytest.mark.parametrize("names", ["older, new", "new, new"])

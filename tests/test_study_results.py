@@ -22,7 +22,7 @@ from tensorboard.plugins.hparams import api_pb2, backend_context, get_experiment
 
 from lorasc_ds.errors import ConfigError
 from lorasc_ds.robustness_report import as_markdown
-from lorasc_ds.study import hparams
+from lorasc_ds.study import hparams, publishing
 from lorasc_ds.study.agreement import disagreements
 from lorasc_ds.study.estimate import estimate
 from lorasc_ds.study.options import StudyOptions, parse_options
@@ -99,6 +99,13 @@ def test_the_best_method_of_a_task_is_dev_s_whatever_test_says(parsed: Parsed) -
     assert one[3].startswith("-16.7, p "), "63.3 against 80"
 
 
+def test_the_best_method_is_told_of_a_single_task_too(parsed: Parsed) -> None:
+    options = parsed("--tasks=two")
+    written(options, uneven)
+    (sheet,) = best_sheets(results_of(options.study, read(options)))
+    assert [row[:2] for row in sheet.rows] == [("two", "Slow (57.5 ± 0.0)")]
+
+
 def computed(options: StudyOptions, **changes: Any) -> list[Record]:
     return [replace(one, environment=MACHINE | changes) for one in read(options)]
 
@@ -135,6 +142,35 @@ def test_what_is_kept_is_read_back_as_it_was(parsed: Parsed) -> None:
     assert "NaN" not in (options.output_dir / "results.jsonl").read_text()
     again = published.record(found[0].run, replace(found[0].job, inspect=True))
     assert (again.state, again.experts) == ("done", ranks)
+
+
+def test_who_is_killed_between_two_files_leaves_what_can_be_read(
+    parsed: Parsed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Results of task two, then of one and two from another commit, by a process that ends before the last file."""
+    options, narrow = parsed(), parsed("--tasks=two")
+    written(options, lambda task, *rest: (good(task, *rest)[0], good(task, *rest)[1][: 50 if task == "one" else 100]))
+    before = publish(options.output_dir, "A study", computed(narrow))
+    write = publishing.write_atomically
+
+    def killed(file: Path, content: bytes) -> None:
+        if file.name == publishing.RESULTS:
+            raise KeyboardInterrupt
+        write(file, content)
+
+    monkeypatch.setattr(publishing, "write_atomically", killed)
+    with pytest.raises(KeyboardInterrupt):
+        publish(options.output_dir, "A study", computed(options, commit="d"))
+    after = load(options.output_dir / "results.jsonl", "--known")
+    assert (after.lines, after.outcomes) == (before.lines, before.outcomes)
+    assert [one["commit"] for one in after.environments] == ["c", "d"]
+    monkeypatch.undo()
+    whole = publish(options.output_dir, "A study", computed(options, commit="d"))
+    again = [whole.record(one.run, one.job) for one in read(options)]
+    assert [one.outcomes("new_domain/accuracy") for one in again] == [
+        one.outcomes("new_domain/accuracy") for one in read(options)
+    ]
+    assert {(one.environment or {})["commit"] for one in again} == {"d"}
 
 
 def test_a_known_run_without_what_is_asked_for_now_is_missing(parsed: Parsed) -> None:
@@ -278,6 +314,7 @@ def test_the_readme_has_a_table_of_every_fair_benchmark_that_was_run() -> None:
         ({"threads": 2}, "weights_sha256", "f00", ""),
         ({"processor": "another"}, "new_domain/accuracy", 0.34, ""),
         ({"processor": "another"}, "new_domain/accuracy", 0.36, "new_domain/accuracy is 0.3, not 0.36 give or take 0.05"),
+        ({"packages": {}}, "weights_sha256", "f00", "another weights_sha256, though computed alike"),
         ({"packages": {"torch": "3"}}, "new_domain/loss", 1.2, ""),
         ({"packages": {"torch": "3"}}, "new_domain/loss", 1.3, "new_domain/loss is 1.0, not 1.3 give or take 0.26"),
     ],
@@ -339,7 +376,7 @@ def test_the_time_here_is_that_of_the_runs_that_are_done(parsed: Parsed) -> None
     written(replace(options, runs=tuple(half)), good)
     found = [replace(one, facts=one.facts and {**one.facts, "seconds": 60.0}) for one in read(options)]
     assert sum(one.state == "done" for one in found) == 18
-    (line,) = (line for line in estimate(found, 2**40, at_once=2) if " here, 2 at a time" in line)
+    (line,) = (line for line in estimate(options.study, found, 2**40, at_once=2) if " here, 2 at a time" in line)
     hours, _, _ = line.strip().removeprefix("about ").partition(" here")
     seconds = {"s": 1.0, "min": 60.0, "h": 3600.0}
     number, unit = hours.split()

@@ -6,6 +6,7 @@ import json
 import math
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +20,8 @@ from conftest import RECIPE, ROOT
 from lorasc_ds.errors import ConfigError
 from lorasc_ds.run_directory import state_of
 from lorasc_ds.study.command import main
-from lorasc_ds.study.options import StudyOptions, parse_options
+from lorasc_ds.study.estimate import estimate, evaluation_seconds
+from lorasc_ds.study.options import StudyOptions, evaluation_of, parse_options
 from lorasc_ds.study.study import read
 from lorasc_ds.study.worker import IMPORTED, carry_out
 from lorasc_ds.tasks import load_task
@@ -117,17 +119,25 @@ def test_a_killed_study_is_completed_and_what_is_finished_is_not_repeated(
 
 def test_a_run_that_is_killed_alone_is_told_and_tried_again(tmp_path: Path) -> None:
     """The worker goes on, and the next run of the study is as if nothing had been."""
-    command = arguments(tmp_path, "--rows=LoRA", "--training.epochs=200", "--training.checkpoint_steps=4")
+    command = arguments(tmp_path, "--rows=LoRA", "--training.epochs=30", "--training.checkpoint_steps=4")
     (options := parse_options(command)).directory(options.runs[0]).parent.mkdir(parents=True)
     jobs = [record.job for record in read(options)]
-    ended = carry_out(jobs[:1], at_once=1)
     killer = multiprocessing.get_context("forkserver").Process(target=kill_run, args=(jobs[0].directory,))
     killer.start()
-    ((_, code, _),) = list(ended)
+    assert [code for _, code, _ in carry_out(jobs, at_once=1)] == [-9, 0]
     killer.join()
-    assert code == -9
-    (first, _) = read(options)
-    assert (first.state, first.message) == ("failed", "ended by SIGKILL")
+    first, second = read(options)
+    assert (first.state, first.message, second.state) == ("failed", "ended by SIGKILL", "done")
+
+    shutil.rmtree(second.job.evaluation)  # as if it had been killed in `evaluate`, and in `inspect`
+    second.job.evaluation.mkdir()
+    (second.job.evaluation / "summary.json").write_text('{"complete": false}')
+    second.job.inspection.unlink()
+    trained = (second.job.directory / "summary.json").stat()
+    assert main(command) == 0
+    assert {record.state for record in read(options)} == {"done"}
+    assert (second.job.directory / "summary.json").stat() == trained
+    assert [record.score("digits/new_domain/accuracy") for record in read(options)][1] is not None
 
 
 def kill_run(directory: Path) -> None:
@@ -161,7 +171,9 @@ def test_rows_of_one_s_own_are_studied_by_one_command(
     tested = load_task(records[0].run.config.task, seed=0).splits["test"]
     assert [{*(record.outcomes("test/loss") or {})} for record in records] == [{one.id for one in tested}] * 3
     assert len(tested) == 2
-    assert "perplexity  loss of a token" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "the lower the better: loss of a token" in printed
+    assert "best by dev" in printed, "the answer"
 
 
 def test_a_score_that_no_run_has_stops_the_study_after_the_first_one(
@@ -180,19 +192,33 @@ def test_a_score_that_no_run_has_stops_the_study_after_the_first_one(
     assert "1/4" not in said.out
 
 
-def test_a_part_of_a_mini_study_is_made_again_and_is_the_same(
+def test_a_part_of_the_published_table_1_is_made_again_and_is_the_same(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of Table 1: LoRA, LoRASC, DoRA and its cascade. `study_reference` is what this command writes, but for tables."""
+    """LoRA, LoRASC, DoRA and its cascade: of each the run that the study has at this rate, domain and seed."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     part = ["--tasks=mirrored", "--adapters=LoRA,DoRA", "--rows=plain,+++ Noise Tuning", "--seeds=0", "--at_once=2"]
-    part += ["--training.epochs=2", "--training.learning_rate=1e-2", "--task.test_examples=50"]
-    reference = ROOT / "tests" / "study_reference" / "results.jsonl"
-    mini = str(ROOT / "launch" / "studies" / "table1-mini.yaml")
-    ended = main([mini, "--output_dir", str(tmp_path / "out"), f"--against={reference}", *part])
+    studies = ROOT / "launch" / "studies"
+    command = [str(studies / "table1-mini.yaml"), *part, "--training.learning_rate=1e-2"]
+    published = studies / "results" / "table1-mini" / "results.jsonl"
+    ended = main([*command, "--output_dir", str(tmp_path / "out"), f"--against={published}"])
     said = capsys.readouterr().out
     assert ended == 0, said
     assert "4 runs, 0 done" in said
+
+
+def test_the_plan_counts_what_is_scored_after_a_run(tmp_path: Path) -> None:
+    """Four digits of one batch, in sequences of 66 tokens, of a model that launching kernels takes all time of."""
+    options = parse_options(arguments(tmp_path, "--rows=LoRA", "--seeds=0"))
+    run, study = options.runs[0], options.study
+    evaluation = evaluation_of(study, run)
+    assert evaluation is not None
+    assert evaluation_seconds(run, evaluation) == pytest.approx(4 * 5e-4), "four layers"
+    (_, like, time_here, *_) = estimate(study, read(options), 2**40, at_once=1)
+    assert "inspections of the ledger not counted" in time_here
+    without = study.model_copy(update={"evaluate": {}, "inspect": False})
+    assert "not counted" not in "".join(estimate(without, read(options), 2**40, at_once=1))
+    assert like
 
 
 def test_the_plan_says_how_many_runs_how_long_and_how_much_memory(

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 from lorasc_ds.errors import ConfigError
 from lorasc_ds.study.publishing import Published
 from lorasc_ds.study.records import Record
 from lorasc_ds.study.tables import is_plain
 
-COMPUTING = ("torch", "transformers", "peft", "accelerate", "numpy", "tokenizers")
+COMPUTING = ("torch", "transformers", "peft", "accelerate", "numpy", "tokenizers", "scikit-learn", "scipy", "pillow")
 DIGESTS = ("ledger_sha256", "weights_sha256")
 SHARE_TOLERANCE, TOLERANCE = 0.05, 0.2  # on another processor: of shares, absolute; of all other scores, relative
 
@@ -37,15 +36,20 @@ def disagreements(published: Published, records: Sequence[Record]) -> Iterator[s
         yield from (f"{ours.run.title}: {text}" for text in differences(ours, theirs))
 
 
-def kind_of(record: Record) -> tuple[Any, ...]:
-    """That of which the bits depend."""
-    environment: Mapping[str, Any] = {**(record.environment or {}), "device": (record.facts or {})["device"]}
-    packages = environment["packages"] or {}
-    return tuple(environment[key] for key in ("device", "processor", "threads")), tuple(map(packages.get, COMPUTING))
+def computed_alike(ours: Record, theirs: Record) -> bool:
+    """Whether all that the bits depend on is the same, of the versions as far as both say them."""
+    machines, versions = [], []
+    for one in (ours, theirs):
+        environment = one.environment or {}
+        machines.append(((one.facts or {})["device"], environment.get("processor"), environment.get("threads")))
+        versions.append(environment.get("packages") or {})
+    first, second = versions
+    shared = first.keys() & second.keys() & {*COMPUTING}
+    return machines[0] == machines[1] and all(first[name] == second[name] for name in shared)
 
 
 def differences(ours: Record, theirs: Record) -> Iterator[str]:
-    alike = kind_of(ours) == kind_of(theirs)
+    alike = computed_alike(ours, theirs)
     if alike:
         facts = ours.facts or {}
         other = theirs.facts or {}

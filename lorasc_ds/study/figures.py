@@ -11,6 +11,7 @@ from lorasc_ds.study.panels import dress, grid_of, styles, tell_apart, unit, uni
 from lorasc_ds.study.paper import TABLES
 from lorasc_ds.study.plan import Row, baseline_of, label_of, short
 from lorasc_ds.study.results import LEVEL, RATE, Results, score_of, spread, values_by_rate
+from lorasc_ds.study.tables import columns_of
 
 FEW_ROWS = 4  # whose marks beside each other can be told apart
 Curves = Mapping[str, Mapping[float, Sequence[float]]]  # line -> x -> values by seed
@@ -43,7 +44,8 @@ def draw(results: Results) -> dict[str, bytes]:
 def scores_figure(results: Results) -> Any:
     """Mean and standard deviation of every row; full marks differ from the baseline's, diamonds are quoted."""
     study, rows = results.study, results.rows
-    quoted = TABLES[study.paper].rows if study.paper else {}
+    quoted = TABLES[study.paper] if study.paper else None
+    heads = {(task, name): head for _, columns in columns_of(results) for head, task, name in columns}
     height = 0.6 + 0.24 * len(rows)
     figure, axes = grid_of(study.title, len(study.tasks), len(study.scores), width=3.4, height=height)
     shown = False
@@ -57,9 +59,9 @@ def scores_figure(results: Results) -> Any:
                     mean, deviation = (unit(score) * (one or 0.0) for one in spread(values))
                     face = "black" if tested and tested.p < LEVEL else "white"
                     axis.errorbar(mean, at, xerr=deviation, fmt="o", color="black", mfc=face, ms=5, lw=1, capsize=2)
-                column = task if len(study.tasks) > 1 else name
-                if column in quoted.get(row.label, {}):
-                    axis.plot(float(quoted[row.label][column]), at, "D", color="0.55", mfc="none", ms=6)
+                theirs = quoted.of(row) if quoted else {}
+                if heads[task, name] in theirs:
+                    axis.plot(float(theirs[heads[task, name]]), at, "D", color="0.55", mfc="none", ms=6)
                     shown = True
             dress(axis, f"{task}: {name}" if len(study.tasks) > 1 else name, unit_name(score))
             axis.set(ylim=(len(rows) - 0.5, -0.5))

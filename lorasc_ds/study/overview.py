@@ -19,7 +19,7 @@ from lorasc_ds.study.tables import difference_text, is_plain, number, spread_tex
 def best_sheets(results: Results) -> list[Sheet]:
     """Of every task the method that dev prefers, and how the best but the baseline differs from it on test."""
     study, (first, *others) = results.study, results.rows
-    if len(study.tasks) == 1 or not others or any(row.sweep for row in results.rows):
+    if not others or any(row.sweep for row in results.rows):
         return []
 
     def best(task: str, rows: Sequence[Row]) -> str | None:

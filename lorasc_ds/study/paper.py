@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+
+from lorasc_ds.study.plan import Row
 
 
 @dataclass(frozen=True, slots=True)
@@ -12,6 +15,10 @@ class Quoted:
     title: str
     rows: dict[str, dict[str, str]]
     note: str = ""
+
+    def of(self, row: Row) -> Mapping[str, str]:
+        """Column -> value of a row of ours, by its label or, in a study of one adapter, with that before it."""
+        return self.rows.get(row.label) or self.rows.get(f"{row.adapter} {row.label}", {})
 
 
 def read(text: str) -> dict[str, dict[str, str]]:

@@ -93,16 +93,27 @@ def publish(folder: Path, title: str, records: Sequence[Record]) -> Published:
     """Write `results.jsonl`, a line for every run in the order of the plan, `environments.json` and `examples.json`.
 
     A line's `environment` is the position of what it was computed by. Its `outcomes` are those of every score that is a
-    mean over examples: the position of the examples' ids, and a value for each, as text where all are 0 or 1.
+    mean over examples: the position of the examples' ids, and a value for each, as text where all are 0 or 1. What was
+    written before keeps its positions: killed between two files, this leaves what can be read.
     """
-    environments = [one for one, _ in environments_of(records)]
-    examples: dict[tuple[str, ...], int] = {}
+    environments, examples = listed(folder)
+    environments += [one for one, _ in environments_of(records) if one not in environments]
     lines = [strict_json(line_of(one, environments, examples)) for one in records]
     computed = json.dumps({"study": title, "environments": environments}, indent=1)
     write_atomically(folder / "environments.json", f"{computed}\n".encode())
     write_atomically(folder / "examples.json", f"{strict_json({'study': title, 'examples': [*examples]})}\n".encode())
     write_atomically(folder / RESULTS, "".join(f"{line}\n" for line in lines).encode())
     return load(folder / RESULTS, "--output_dir")
+
+
+def listed(folder: Path) -> tuple[list[Mapping[str, Any]], dict[tuple[str, ...], int]]:
+    """The environments, and the lists of examples with their positions, of what was published in a folder before."""
+    try:
+        environments = json.loads((folder / "environments.json").read_text())["environments"]
+        examples = json.loads((folder / "examples.json").read_text())["examples"]
+    except FileNotFoundError:
+        return [], {}
+    return environments, {tuple(ids): at for at, ids in enumerate(examples)}
 
 
 def strict_json(content: Mapping[str, Any]) -> str:

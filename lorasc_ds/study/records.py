@@ -29,7 +29,7 @@ class Record:
         message: why it failed.
         dev: metric -> value on dev: all that selection may see.
         scores: SPLIT/METRIC -> value of what is reported, dev left out.
-        facts: digests, time, memory.
+        facts: digests, time, memory, the signs that it warned of (`warning_signs.Sign`).
         environment: commit, versions, machine.
         experts: measure of the ledger -> its value after every expert that was looked at; None: not inspected.
         kept: score -> its outcomes, where the record was read from a `results.jsonl` and not from the run's directory.
@@ -128,6 +128,7 @@ def facts_of(job: Job, summary: Mapping[str, Any]) -> dict[str, Any]:
         "experts": summary["experts"],
         "device": summary["device"],
         "world_size": summary["world_size"],
+        "warnings": [one["sign"] for one in summary["warnings"]],
         "seconds": content_of(job.directory.with_suffix(".json")).get("seconds", timing["train_seconds"]),
         "peak_memory_bytes": timing["peak_memory_bytes"],
     }

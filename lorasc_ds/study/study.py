@@ -44,7 +44,7 @@ def carry_out(options: StudyOptions) -> int:
     if not options.collect:
         check_data(options, jobs)
     if options.dry_run:
-        print("\n".join(estimate(found, gpu_bytes(options.gpu_memory), options.at_once)))
+        print("\n".join(estimate(options.study, found, gpu_bytes(options.gpu_memory), options.at_once)))
         return 0
     refuse_to_lose(options, found)
     options.output_dir.mkdir(parents=True, exist_ok=True)

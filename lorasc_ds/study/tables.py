@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -10,7 +11,9 @@ from lorasc_ds.robustness_report import Sheet
 from lorasc_ds.study.paper import TABLES, Quoted
 from lorasc_ds.study.plan import Row, baseline_of, short, text_of
 from lorasc_ds.study.results import LEVEL, RATE, Cell, Results, metric_of, score_of, spread
+from lorasc_ds.study.selection import LOWER_IS_BETTER
 from lorasc_ds.study.statistics import TEST
+from lorasc_ds.study.study_config import StudyConfig
 
 PLAIN_NUMBERS = {"loss", "perplexity", "mce", "ledger"}  # in the names of scores that are no shares
 AT_AN_END = "†"
@@ -18,7 +21,8 @@ OF_P = (
     "in brackets p before the correction",
     "(seeds): tested over the seeds alone, since it is no mean over examples that both sides share",
 )
-LATEX = {"\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "_": r"\_", "#": r"\#", "±": r"$\pm$"}
+LATEX = {"\\": r"\textbackslash{}", "±": r"$\pm$", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+LATEX |= {letter: f"\\{letter}" for letter in "&%_#${}"}
 LATEX |= {
     "†": r"$\dagger$",
     "↑": r"$\uparrow$",
@@ -36,26 +40,33 @@ def sheets(results: Results) -> list[Sheet]:
     if results.study.paper is not None:
         quoted = TABLES[results.study.paper]
         same = any(column in of_row for column in found[0].head for of_row in quoted.rows.values())
-        found = [beside(found[0], quoted), *found[1:]] if same else [*found, as_sheet(quoted)]
-    return [*found, *difference_sheets(results), choice_sheet(results), *failure_sheets(results)]
+        found = [beside(found[0], results.rows, quoted), *found[1:]] if same else [*found, as_sheet(quoted)]
+    return [
+        *found,
+        *difference_sheets(results),
+        choice_sheet(results),
+        *warning_sheets(results),
+        *failure_sheets(results),
+    ]
 
 
 def columns_of(results: Results) -> list[tuple[str, list[tuple[str, str, str]]]]:
     """Title and columns of every table of scores; of a column its head, the task, and the name of the score."""
     study = results.study
-    if len(study.tasks) == 1:
+    if len(study.tasks) == 1 and len(study.scores) > 1:
         (task,) = study.tasks
         return [(study.title, [(name, task, name) for name in study.scores])]
     return [(f"{study.title}: {name}", [(task, task, name) for task in study.tasks]) for name in study.scores]
 
 
 def score_sheets(results: Results) -> list[Sheet]:
-    """Of one task a column for every score; of several a table for every score, with the tasks as columns."""
+    """Of one task a column for each of several scores; else a table for every score, with the tasks as columns."""
     seeds = results.study.seeds
     notes = (
         f"mean ± standard deviation over {len(seeds)} seeds ({', '.join(map(str, seeds))}); hyper-parameters chosen by"
         " dev",
         f"↑ ↓: higher or lower than {results.baseline}, p < {LEVEL} (below)",
+        *lower_is_better(results.study),
         *incomplete(results),
     )
 
@@ -68,6 +79,15 @@ def score_sheets(results: Results) -> list[Sheet]:
         Sheet(title, ("method", *(head for head, _, _ in columns)), tuple(rows(columns)), notes)
         for title, columns in columns_of(results)
     ]
+
+
+def lower_is_better(study: StudyConfig) -> list[str]:
+    names = [name for task in study.tasks for name in study.scores if is_badness(score_of(study, task, name))]
+    return [f"the lower the better: {', '.join(dict.fromkeys(names))}"] * bool(names)
+
+
+def is_badness(score: str) -> bool:
+    return score.rpartition("/")[2] in LOWER_IS_BETTER and " - " not in score
 
 
 def incomplete(results: Results) -> list[str]:
@@ -101,13 +121,13 @@ def is_plain(score: str) -> bool:
     return not PLAIN_NUMBERS.isdisjoint(part for one in score.split(" - ") for part in one.split("/"))
 
 
-def beside(sheet: Sheet, quoted: Quoted) -> Sheet:
+def beside(sheet: Sheet, rows_of_ours: Sequence[Row], quoted: Quoted) -> Sheet:
     """The table with the paper's row below each of ours that it has."""
     rows: list[tuple[str, ...]] = []
-    for label, *cells in sheet.rows:
-        rows.append((label, *cells))
-        if label in quoted.rows:
-            rows.append((f"{label} (quoted)", *(quoted.rows[label].get(column, "-") for column in sheet.head[1:])))
+    for row, cells in zip(rows_of_ours, sheet.rows, strict=True):
+        rows.append(cells)
+        if values := quoted.of(row):
+            rows.append((f"{row.label} (quoted)", *(values.get(column, "-") for column in sheet.head[1:])))
     return replace(sheet, rows=tuple(rows), notes=(*sheet.notes, *quoted_notes(quoted)))
 
 
@@ -172,6 +192,21 @@ def choice_text(cell: Cell) -> str:
         return AT_AN_END if key == RATE and len(rates) > 1 and value in (min(rates), max(rates)) else ""
 
     return ", ".join(f"{short(key)} {text_of(value)}{mark(key, value)}" for key, value in cell.choice or ())
+
+
+def warning_sheets(results: Results) -> list[Sheet]:
+    """Which signs of going wrong the chosen runs warned of, where any did."""
+
+    def text(task: str, row: Row) -> str:
+        signs = Counter(
+            sign for one in results.cells[task, row.label].chosen for sign in (one.facts or {}).get("warnings", ())
+        )
+        return ", ".join(f"{sign} {count}" for sign, count in sorted(signs.items())) or "-"
+
+    rows = [(row.label, *(text(task, row) for task in results.study.tasks)) for row in results.rows]
+    notes = ("of so many of the runs that dev chose; what each measured and which flag to turn is in its log",)
+    told = [row for row in rows if {*row[1:]} != {"-"}]
+    return [Sheet("warnings of the chosen runs", ("method", *results.study.tasks), tuple(told), notes)] if told else []
 
 
 def failure_sheets(results: Results) -> list[Sheet]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import struct
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -155,3 +156,70 @@ def test_it_may_change_in_between(command: Command, stopped: Callable[..., Path]
     assert run.settings is not None  # a new run in the tracker, from here on
     assert min(step for _, step, _ in run.logged) >= 4
     assert json.loads((directory / "status.json").read_text())["state"] == "done"
+
+
+NOT_INSTALLED = "not installed; .ci/long installs it"
+
+
+@pytest.mark.filterwarnings("default")  # its own
+def test_mlflow_itself_has_what_tensorboard_has(
+    tmp_path: Path, command: Command, stopped: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One run of it, over an interruption, that ends as finished; and one that failed ends as failed."""
+    mlflow = pytest.importorskip("mlflow", reason=f"mlflow is {NOT_INSTALLED}")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    flags = FLAGS | {"tracking.backends": "mlflow", "tracking.project": "digits"}
+    directory = stopped(4, **flags)
+    assert command(directory, **flags)[0] == 0
+    client = mlflow.MlflowClient()
+    project = client.get_experiment_by_name("digits")
+    assert project is not None
+    (run,) = client.search_runs([project.experiment_id])
+    assert (run.info.run_name, run.info.status) == ("run", "FINISHED")
+    assert run.data.params["cascade.strategy"] == "lorasc"
+    told = {
+        (key, one.step): one.value
+        for key in run.data.metrics
+        for one in client.get_metric_history(run.info.run_id, key)
+    }
+    assert told == pytest.approx(scalars_of(directory), rel=1e-6)
+    assert command(tmp_path / "failing", **flags, **{"cascade.max_boundary_drift": 1e-12})[0] == 3
+    states = {one.info.run_name: one.info.status for one in client.search_runs([project.experiment_id])}
+    assert states == {"run": "FINISHED", "failing": "FAILED"}
+
+
+def leveldb_log(data: bytes, start: int) -> Iterator[bytes]:
+    """The records of a log as LevelDB writes it, in blocks of 32 KiB, with parts under a head of checksum, size, kind."""
+    whole = b""
+    while start + 7 <= len(data):
+        if (left := -start % 32768) and left < 7:
+            start += left
+            continue
+        _, size, kind = struct.unpack_from("<IHB", data, start)
+        whole += data[start + 7 : start + 7 + size]
+        start += 7 + size
+        if kind in (1, 4):  # whole, or its last part
+            yield whole
+            whole = b""
+
+
+@pytest.mark.filterwarnings("default")  # its own
+def test_wandb_itself_has_what_tensorboard_has(
+    command: Command, stopped: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Offline: what it would send, of both parts of an interrupted run, under one id."""
+    messages = pytest.importorskip("wandb.proto.wandb_internal_pb2", reason=f"wandb is {NOT_INSTALLED}")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    directory = stopped(4, **FLAGS)
+    assert command(directory, **FLAGS)[0] == 0
+    told: dict[tuple[str, int], float] = {}
+    files = sorted((directory / "wandb").glob("offline-run-*/*.wandb"))
+    assert len(files) == 2
+    assert len({file.name for file in files}) == 1, "they are called by the run's id"
+    for file in files:
+        for data in leveldb_log(file.read_bytes(), start=7):
+            record = messages.Record.FromString(data)
+            items = {item.key or item.nested_key[0]: json.loads(item.value_json) for item in record.history.item}
+            told |= {(key, items["_step"]): value for key, value in items.items() if not key.startswith("_")}
+    assert told == pytest.approx(scalars_of(directory), rel=1e-6)

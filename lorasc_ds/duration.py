@@ -34,7 +34,7 @@ class Scored:
         shape: the model, of which no weight is read.
         dtype: of its weights.
         splits: of the reading, which are scored.
-        batch_size: examples in a forward pass.
+        batch_size: examples that are scored together.
     """
 
     shape: PreTrainedModel
@@ -84,13 +84,13 @@ def scoring_seconds(scored: Scored) -> float:
 
 def duration_lines(preparation: Preparation) -> Iterator[str]:
     """The tokens of a run and the time that they take."""
-    trained = training_tokens(preparation)
-    scored, answers = scored_tokens(scored_in(preparation)), generation_steps(scored_in(preparation))
+    trained, scored = training_tokens(preparation), scored_in(preparation)
+    answers = generation_steps(scored)
     training, evaluation = run_seconds(preparation)
     yield (
         f"time      about {readable(training + evaluation)} on one H100 at {REACHED:.0%} of its peak, an estimate:"
         f" training {readable(training)} ({in_words(preparation, trained)}), {len(preparation.evaluation_steps) + 1}"
-        f" evaluations {readable(evaluation)} ({in_words(preparation, scored)}"
+        f" evaluations {readable(evaluation)} ({in_words(preparation, scored_tokens(scored))}"
         f"{f' and up to {answers:,} steps of generation' if answers else ''} each)"
     )
 

@@ -29,14 +29,13 @@ def tower_parameters(shape: PreTrainedModel) -> int:
 def patches(shape: PreTrainedModel, reading: Reading) -> tuple[int, int]:
     """The patches of a row's images and the numbers of their pixels, the most that one of the first rows has.
 
-    Of the first split, which in a run is the one that is trained on. A tower that cuts images up by other means than a
+    Of the examples that are trained on, where there are any. A tower that cuts images up by other means than a
     convolution is counted as one patch.
     """
     if not isinstance(reading, TextReading) or reading.layout.pixels is None:
         return 0, 0
-    rows = (
-        example.visuals for example in looked_at(next(iter(reading.splits.values()))) if example.visuals is not None
-    )
+    examples = looked_at(reading.splits.get("train") or next(iter(reading.splits.values())))
+    rows = (example.visuals for example in examples if example.visuals is not None)
     numbers = max(reading.layout.pixels([one])["pixel_values"].numel() for one in islice(rows, LOOKED_AT))
     weights = (one for module in tower_of(shape) for one in module.parameters(recurse=False))
     of_patch = max((one[0].numel() for one in weights if one.ndim > 3), default=numbers)  # of the convolution that cuts

@@ -50,6 +50,7 @@ def written(options: StudyOptions, score: Callable[[str, str, Any, int], tuple[f
             "timing": {"train_seconds": 1.0, "peak_memory_bytes": 1},
         }
         (directory / "summary.json").write_text(json.dumps(summary))
+        (directory / "environment.json").write_text('{"packages": {"torch": "2"}}')
         (directory / "status.json").write_text('{"state": "done"}')
         split = {"id": [str(at) for at in range(len(outcomes))], "accuracy": outcomes}
         (directory / "examples.json").write_text(json.dumps({"new_domain": split, "old_domain": split}))

@@ -49,7 +49,7 @@ def test_every_study_that_two_cores_can_run_was_run() -> None:
     """And is committed; that nothing is missing in it, `test_study_results.py` sees."""
     small = {file.stem for file in STUDIES.glob("*.yaml") if file.stem.endswith("-mini") or "fair" in file.stem}
     assert len(small) == len(PAPER_STUDIES) + 2
-    assert {file.parent.name for file in (STUDIES / "results").glob("*/results.jsonl")} == small
+    assert small <= {file.parent.name for file in (STUDIES / "results").glob("*/results.jsonl")}
 
 
 @pytest.mark.parametrize("name", ["fair-benchmark", "fair-benchmark-vit"])

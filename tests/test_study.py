@@ -269,7 +269,7 @@ def test_tables_are_means_and_spreads_of_what_was_chosen(parsed: Parsed, capsys:
     assert differences.rows[0][0] == "Slow"
     assert differences.rows[0][1].startswith("+60.7, p 0.0")
     assert chosen.rows[1][1] == "learning_rate 0.01†, slow_retention 0.8 (dev 70.0 ± 0.0)", "the higher of two"
-    assert warned.rows == (("Slow", "gap 2", "gap 2"),)
+    assert warned.rows == (("Slow", "gap 2/3", "gap 2/3"),)
     assert r"91.0 $\pm$ 1.0 $\uparrow$ & 91.0 $\pm$ 1.0 $\uparrow$ \\" in latex(new)
     lines = [json.loads(line) for line in (options.output_dir / "results.jsonl").read_text().splitlines()]
     assert [line["digest"] for line in lines] == [run.digest for run in options.runs]

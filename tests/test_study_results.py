@@ -26,7 +26,8 @@ from lorasc_ds.study import hparams, publishing
 from lorasc_ds.study.agreement import disagreements
 from lorasc_ds.study.estimate import estimate
 from lorasc_ds.study.options import StudyOptions, parse_options
-from lorasc_ds.study.overview import best_sheets, stability_sheets
+from lorasc_ds.study.overview import best_sheets, one_rate_sheets, stability_sheets
+from lorasc_ds.study.plan import Row
 from lorasc_ds.study.publishing import computed_by, environments_of, load, publish
 from lorasc_ds.study.records import Record
 from lorasc_ds.study.results import results_of
@@ -64,7 +65,7 @@ def test_stability_is_the_mean_over_the_rates_that_all_have_tried_and_the_worst(
     written(options, uneven)
     new, _ = stability_sheets(results_of(options.study, read(options)))
     assert [row[:2] for row in new.rows] == [("LoRA", "50.0 ± 0.0 (worst 20.0)"), ("Slow", "56.7 ± 2.9 (worst 50.0)")]
-    assert "one: 0.001, 0.01; two: 0.001, 0.01" in new.notes[0]
+    assert new.notes[0].endswith("the worst of them; 0.001, 0.01")
 
 
 def test_stability_marks_what_differs_at_every_seed_and_example(parsed: Parsed) -> None:
@@ -86,6 +87,27 @@ def test_stability_does_not_average_a_failed_run_away(parsed: Parsed) -> None:
     new, _ = stability_sheets(results_of(options.study, found))
     assert new.rows[0][1:] == ("failed 1/6", "50.0 ± 0.0 (worst 20.0)")
     assert "↑" not in new.rows[1][1]
+
+
+def test_one_rate_for_all_tasks_is_that_with_the_best_mean_of_dev(parsed: Parsed) -> None:
+    """Dev of one is for 1e-2 by 0.1, that of two for 1e-3 by 0.3 where it is LoRA's; of Slow as in `uneven`."""
+    options = parsed()
+
+    def opposed(task: str, row: str, choice: Any, seed: int) -> tuple[float, list[float]]:
+        dev, outcomes = uneven(task, row, choice, seed)
+        high = choice["training.learning_rate"] == 0.01
+        return dev - 0.4 * (high and task == "two" and row == "LoRA"), outcomes
+
+    written(options, opposed)
+    (sheet,) = one_rate_sheets(results_of(options.study, read(options)))
+    assert sheet.head == ("method", "learning rate", "new", "old")
+    assert sheet.rows == (
+        ("LoRA", "0.001†", "20.0 ± 0.0", "20.0 ± 0.0"),
+        ("Slow", "0.01†", "63.3 ± 5.8 ↑", "63.3 ± 5.8 ↑"),
+    )
+    found = [replace(one, dev=None) if one.run.seed == 1 and "LoRA" in one.run.title else one for one in read(options)]
+    assert one_rate_sheets(results_of(options.study, found)) == []
+    assert one_rate_sheets(results_of((one := parsed("--tasks=one")).study, read(one))) == []
 
 
 def test_the_best_method_of_a_task_is_dev_s_whatever_test_says(parsed: Parsed) -> None:
@@ -163,14 +185,14 @@ def test_who_is_killed_between_two_files_leaves_what_can_be_read(
         publish(options.output_dir, "A study", computed(options, commit="d"))
     after = load(options.output_dir / "results.jsonl", "--known")
     assert (after.lines, after.outcomes) == (before.lines, before.outcomes)
-    assert [one["commit"] for one in after.environments] == ["c", "d"]
+    assert {one["commit"] for one in after.environments.values()} == {"c", "d"}
     monkeypatch.undo()
     whole = publish(options.output_dir, "A study", computed(options, commit="d"))
     again = [whole.record(one.run, one.job) for one in read(options)]
     assert [one.outcomes("new_domain/accuracy") for one in again] == [
         one.outcomes("new_domain/accuracy") for one in read(options)
     ]
-    assert {(one.environment or {})["commit"] for one in again} == {"d"}
+    assert [one["commit"] for one in whole.environments.values()] == ["d"], "what nothing names is gone"
 
 
 def test_a_known_run_without_what_is_asked_for_now_is_missing(parsed: Parsed) -> None:
@@ -214,9 +236,9 @@ def test_results_that_are_nowhere_else_are_not_written_over(parsed: Parsed) -> N
     [
         ("results.jsonl", ('"digest": ', '"digests": ')),
         ("results.jsonl", ('"scores": ', '"score": ')),
-        ("results.jsonl", ('"environment": 0', '"environment": 9')),
-        ("results.jsonl", ("[0, ", "[7, ")),
-        ("results.jsonl", ('[0, "1', '[0, "')),
+        ("results.jsonl", ('"environment": "', '"environment": "9')),
+        ("results.jsonl", ('accuracy": ["', 'accuracy": ["7')),
+        ("results.jsonl", ('", "1', '", "')),
         ("environments.json", ("{", "[{")),
         ("examples.json", ('"examples"', '"ids"')),
     ],
@@ -279,12 +301,15 @@ def test_committed_tables_are_of_the_committed_results_and_none_is_missing(file:
     )
 
 
-TABLES_IN_README = re.findall(r"<!-- of (\S+): ([^>]+) -->\n((?:\|.*\n)+)", (ROOT / "README.md").read_text())
+MARKED = r"<!-- (of|over the rates of|one rate of) (\S+): ([^>]+) -->\n((?:\|.*\n)+)"
+TABLES_IN_README = re.findall(MARKED, (ROOT / "README.md").read_text())
 
 
-@pytest.mark.parametrize(("name", "scores", "table"), TABLES_IN_README, ids=[name for name, *_ in TABLES_IN_README])
-def test_tables_of_the_readme_are_of_the_committed_results(name: str, scores: str, table: str) -> None:
-    """A row for every task; for every score a column for every method, as `tables.md` has them."""
+@pytest.mark.parametrize(
+    ("kind", "name", "scores", "table"), TABLES_IN_README, ids=[f"{kind} {name}" for kind, name, *_ in TABLES_IN_README]
+)
+def test_tables_of_the_readme_are_of_the_committed_results(kind: str, name: str, scores: str, table: str) -> None:
+    """A row for every task; for every score a column for every method, as `tables.md` has them; or one of its tables."""
     file = ROOT / "launch" / "studies" / "results" / name / "results.jsonl"
     options = parse_options([f"{ROOT / 'launch' / 'studies' / name}.yaml", "--known", str(file)])
     results = results_of(
@@ -292,14 +317,24 @@ def test_tables_of_the_readme_are_of_the_committed_results(name: str, scores: st
     )
     columns = [(score, row) for score in scores.split(", ") for row in results.rows]
     head = [f"{score}: {row.label}" if row == results.rows[0] else row.label for score, row in columns]
-    rows = [[task, *(score_text(results, task, row, score) for score, row in columns)] for task in options.study.tasks]
+    over_rates = {(sheet.title, row[0]): row[1:] for sheet in stability_sheets(results) for row in sheet.rows}
+
+    def text(at: int, task: str, score: str, row: Row) -> str:
+        if kind == "of":
+            return score_text(results, task, row, score)
+        return over_rates[f"over learning rates, {score}", row.label][at]
+
+    rows = [[task, *(text(at, task, *column) for column in columns)] for at, task in enumerate(options.study.tasks)]
+    if kind == "one rate of":
+        (sheet,) = one_rate_sheets(results)
+        head, rows = [*sheet.head[1:]], [[*row] for row in sheet.rows]
     expected = [["", *head], ["---", *["---:"] * len(head)], *rows]
     assert table == "".join(f"| {' | '.join(row)} |\n".replace("|  |", "| |") for row in expected)
 
 
 def test_the_readme_has_a_table_of_every_fair_benchmark_that_was_run() -> None:
     assert {file.parent.name for file in PUBLISHED if "fair" in file.parent.name} <= {
-        name for name, *_ in TABLES_IN_README
+        name for _, name, *_ in TABLES_IN_README
     }
 
 
@@ -314,7 +349,8 @@ def test_the_readme_has_a_table_of_every_fair_benchmark_that_was_run() -> None:
         ({"threads": 2}, "weights_sha256", "f00", ""),
         ({"processor": "another"}, "new_domain/accuracy", 0.34, ""),
         ({"processor": "another"}, "new_domain/accuracy", 0.36, "new_domain/accuracy is 0.3, not 0.36 give or take 0.05"),
-        ({"packages": {}}, "weights_sha256", "f00", "another weights_sha256, though computed alike"),
+        ({"packages": {}}, "weights_sha256", "f00", ""),
+        ({"packages": {"torch": "2", "scipy": "1"}}, "weights_sha256", "f00", "another weights_sha256, though computed alike"),
         ({"packages": {"torch": "3"}}, "new_domain/loss", 1.2, ""),
         ({"packages": {"torch": "3"}}, "new_domain/loss", 1.3, "new_domain/loss is 1.0, not 1.3 give or take 0.26"),
     ],

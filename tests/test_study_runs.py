@@ -11,13 +11,16 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import image_models
 import pytest
 from conftest import RECIPE, ROOT
 
 from lorasc_ds.errors import ConfigError
+from lorasc_ds.preparation import prepare
 from lorasc_ds.run_directory import state_of
 from lorasc_ds.study.command import main
 from lorasc_ds.study.estimate import estimate, evaluation_seconds
@@ -66,6 +69,11 @@ def digest(directory: Path) -> str:
     return json.loads((directory / "summary.json").read_text())["weights_sha256"]
 
 
+def written_at(file: Path) -> tuple[int, int]:
+    """Another when it is written again."""
+    return file.stat().st_ino, file.stat().st_mtime_ns
+
+
 def wait(condition: Any, seconds: float = 120.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
@@ -88,7 +96,8 @@ def test_a_killed_study_is_completed_and_what_is_finished_is_not_repeated(
     wait(lambda: sum(state_of(directory) == "running" for directory in directories.values()) > 0)
     killed.kill()
     killed.join()
-    finished = {r.job.directory: (r.job.directory / "summary.json").stat() for r in read(options) if r.state == "done"}
+    done = [record.job.directory for record in read(options) if record.state == "done"]
+    finished = {directory: written_at(directory / "summary.json") for directory in done}
     assert 0 < len(finished) < 6
 
     assert main(command) == 1, "two runs fail"
@@ -99,7 +108,7 @@ def test_a_killed_study_is_completed_and_what_is_finished_is_not_repeated(
     assert [state for title, state in states.items() if "broken" not in title] == ["done"] * 4
     assert [record.exit_code for record in read(options) if record.state == "failed"] == [3, 3]
     for directory, before in finished.items():
-        assert (directory / "summary.json").stat() == before
+        assert written_at(directory / "summary.json") == before
     done = [record for record in read(options) if record.state == "done"]
     assert all(record.score("digits/new_domain/accuracy") is not None for record in done)
     assert all(set((record.outcomes("digits/new_domain/accuracy") or {}).values()) <= {0.0, 1.0} for record in done)
@@ -114,7 +123,7 @@ def test_a_killed_study_is_completed_and_what_is_finished_is_not_repeated(
     capsys.readouterr()
     assert main(command) == 1
     assert "broken" in capsys.readouterr().out
-    assert {r.job.directory: (r.job.directory / "summary.json").stat() for r in done}.items() >= finished.items()
+    assert {r.job.directory: written_at(r.job.directory / "summary.json") for r in done}.items() >= finished.items()
 
 
 def test_a_run_that_is_killed_alone_is_told_and_tried_again(tmp_path: Path) -> None:
@@ -122,8 +131,11 @@ def test_a_run_that_is_killed_alone_is_told_and_tried_again(tmp_path: Path) -> N
     command = arguments(tmp_path, "--rows=LoRA", "--training.epochs=30", "--training.checkpoint_steps=4")
     (options := parse_options(command)).directory(options.runs[0]).parent.mkdir(parents=True)
     jobs = [record.job for record in read(options)]
-    killer = multiprocessing.get_context("forkserver").Process(target=kill_run, args=(jobs[0].directory,))
+    context = multiprocessing.get_context("forkserver")
+    ready = context.Event()
+    killer = context.Process(target=kill_run, args=(jobs[0].directory, ready))
     killer.start()
+    assert ready.wait(120)
     assert [code for _, code, _ in carry_out(jobs, at_once=1)] == [-9, 0]
     killer.join()
     first, second = read(options)
@@ -133,15 +145,16 @@ def test_a_run_that_is_killed_alone_is_told_and_tried_again(tmp_path: Path) -> N
     second.job.evaluation.mkdir()
     (second.job.evaluation / "summary.json").write_text('{"complete": false}')
     second.job.inspection.unlink()
-    trained = (second.job.directory / "summary.json").stat()
+    trained = written_at(second.job.directory / "summary.json")
     assert main(command) == 0
     assert {record.state for record in read(options)} == {"done"}
-    assert (second.job.directory / "summary.json").stat() == trained
+    assert written_at(second.job.directory / "summary.json") == trained
     assert [record.score("digits/new_domain/accuracy") for record in read(options)][1] is not None
 
 
-def kill_run(directory: Path) -> None:
+def kill_run(directory: Path, ready: Any) -> None:
     """Once it has a checkpoint."""
+    ready.set()
     wait(lambda: any((directory / "checkpoints").glob("step*")))
     os.kill(int((directory / ".owner").read_text().split()[1]), signal.SIGKILL)
 
@@ -207,18 +220,36 @@ def test_a_part_of_the_published_table_1_is_made_again_and_is_the_same(
     assert "4 runs, 0 done" in said
 
 
-def test_the_plan_counts_what_is_scored_after_a_run(tmp_path: Path) -> None:
-    """Four digits of one batch, in sequences of 66 tokens, of a model that launching kernels takes all time of."""
-    options = parse_options(arguments(tmp_path, "--rows=LoRA", "--seeds=0"))
-    run, study = options.runs[0], options.study
-    evaluation = evaluation_of(study, run)
+def test_the_plan_counts_what_is_scored_after_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four digits of one batch, on a model of four layers that launching kernels takes all the time of."""
+    options = parse_options(arguments(tmp_path, "--rows=LoRA,LoRASC", "--seeds=0"))
+    study, preparation = options.study, prepare(options.runs[0].config)
+    evaluation = evaluation_of(study, options.runs[0])
     assert evaluation is not None
-    assert evaluation_seconds(run, evaluation) == pytest.approx(4 * 5e-4), "four layers"
-    (_, like, time_here, *_) = estimate(study, read(options), 2**40, at_once=1)
-    assert "inspections of the ledger not counted" in time_here
+    assert evaluation_seconds(preparation, evaluation) == pytest.approx(4 * 5e-4)
+    assert evaluation_seconds(preparation, replace(evaluation, tasks=())) == 0
     without = study.model_copy(update={"evaluate": {}, "inspect": False})
     assert "not counted" not in "".join(estimate(without, read(options), 2**40, at_once=1))
-    assert like
+    asked = []
+    monkeypatch.setattr("lorasc_ds.study.estimate.evaluation_seconds", lambda *of: asked.append(of) or 7200.0)
+    told = [*estimate(study, read(options), 2**40, at_once=1)]
+    assert [" 2.0 h " in line for line in told[1:3]] == [True, True]
+    assert told[3].startswith("time      about 4.0 h on one H100")
+    assert "inspections of the ledger not counted" in told[3]
+    assert len(asked) == 1, "both runs are scored alike"
+
+
+def test_the_plan_of_a_new_classifier_counts_what_is_scored_after(tmp_path: Path) -> None:
+    """On the task that it is trained for, whose classes are not those of the model's own head."""
+    command = [f"--model.name_or_path={image_models.vit(tmp_path / 'vit', classes=None)}", "--task.train_head=true"]
+    command += ["--task.name=digit_images", "--model.kind=auto", *arguments(tmp_path, "--rows=LoRA", "--seeds=0")]
+    command += ["--evaluate.tasks=digit_images", "--evaluate.splits=old_domain", "--tasks=mirrored"]
+    changed = STUDY | {"evaluate": {}, "scores": {"new": "new_domain/accuracy"}}
+    (tmp_path / "study.yaml").write_text(json.dumps(changed))
+    options = parse_options(command)
+    evaluation = evaluation_of(options.study, options.runs[0])
+    assert evaluation is not None
+    assert evaluation_seconds(prepare(options.runs[0].config), evaluation) > 0
 
 
 def test_the_plan_says_how_many_runs_how_long_and_how_much_memory(

@@ -45,7 +45,7 @@ def computed_alike(ours: Record, theirs: Record) -> bool:
         versions.append(environment.get("packages") or {})
     first, second = versions
     shared = first.keys() & second.keys() & {*COMPUTING}
-    return machines[0] == machines[1] and all(first[name] == second[name] for name in shared)
+    return machines[0] == machines[1] and "torch" in shared and all(first[name] == second[name] for name in shared)
 
 
 def differences(ours: Record, theirs: Record) -> Iterator[str]:

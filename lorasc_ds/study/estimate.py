@@ -11,8 +11,9 @@ from lorasc_ds.dry_run import readable as readable_bytes
 from lorasc_ds.duration import Scored, readable, run_seconds, scoring_seconds
 from lorasc_ds.evaluate_options import EvaluateOptions
 from lorasc_ds.evaluator import read
+from lorasc_ds.image_reading import ImageReading
 from lorasc_ds.memory import FREE_SHARE, memory_plan
-from lorasc_ds.preparation import prepare
+from lorasc_ds.preparation import Preparation, prepare
 from lorasc_ds.study.options import evaluation_of
 from lorasc_ds.study.plan import Run
 from lorasc_ds.study.records import Record
@@ -39,12 +40,14 @@ def estimate(study: StudyConfig, records: Sequence[Record], gpu_memory: int, at_
     yield f"{'runs':>6}  {'to do':>6}  {'each':>8}  {'memory':>8}  like"
     scorings: dict[str, float] = {}
     for group in alike.values():
-        preparation, run = prepare(group[0].run.config), group[0].run
-        evaluation = evaluation_of(study, run)
-        if evaluation is not None and (key := f"{run.config.model} {evaluation}") not in scorings:
-            scorings[key] = evaluation_seconds(run, evaluation)
-        scoring = 0.0 if evaluation is None else scorings[key]
-        each, memory = sum(run_seconds(preparation)) + scoring, memory_plan(preparation, {}).device
+        preparation = prepare(group[0].run.config)
+        each, memory = sum(run_seconds(preparation)), memory_plan(preparation, {}).device
+        evaluation = evaluation_of(study, group[0].run)
+        if evaluation is not None:
+            asked = f"{preparation.model} {evaluation}"  # that of which the time depends
+            if asked not in scorings:
+                scorings[asked] = evaluation_seconds(preparation, evaluation)
+            each += scorings[asked]
         todo = sum(one.state != "done" for one in group)
         seconds = [one.facts["seconds"] for one in group if one.facts and one.kept is None]
         taken, planned = taken + sum(seconds), planned + each * len(seconds)
@@ -69,15 +72,18 @@ def estimate(study: StudyConfig, records: Sequence[Record], gpu_memory: int, at_
         yield f"          with nothing cut up; of {study.deepspeed}: launch/train.py --dry_run --gpus N"
 
 
-def evaluation_seconds(run: Run, evaluation: EvaluateOptions) -> float:
+def evaluation_seconds(preparation: Preparation, evaluation: EvaluateOptions) -> float:
     """Of all tasks that are scored once a run is trained; the data are read for it.
 
     Raises:
         ConfigError, DataError: what `launch/evaluate.py` would refuse.
     """
-    model = run.config.model
+    if not evaluation.tasks:
+        return 0.0
+    model, reading = preparation.model, preparation.reading
+    classes = (reading.outputs or None) if isinstance(reading, ImageReading) else None
     shape = models.load_shape(model)
-    tasks = (read(config, evaluation, Subject("a run", model), shape) for config in evaluation.tasks)
+    tasks = (read(config, evaluation, Subject("a run", model, classes=classes), shape) for config in evaluation.tasks)
     return sum(
         scoring_seconds(Scored(shape, model.dtype, of.task, of.reading, [*of.reading.splits], evaluation.batch_size))
         for of in tasks

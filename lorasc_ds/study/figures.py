@@ -45,7 +45,8 @@ def scores_figure(results: Results) -> Any:
     """Mean and standard deviation of every row; full marks differ from the baseline's, diamonds are quoted."""
     study, rows = results.study, results.rows
     quoted = TABLES[study.paper] if study.paper else None
-    heads = {(task, name): head for _, columns in columns_of(results) for head, task, name in columns}
+    _, first_table = columns_of(results)[0]  # the one beside which the paper's is quoted
+    heads = {(task, name): head for head, task, name in first_table}
     height = 0.6 + 0.24 * len(rows)
     figure, axes = grid_of(study.title, len(study.tasks), len(study.scores), width=3.4, height=height)
     shown = False
@@ -60,8 +61,8 @@ def scores_figure(results: Results) -> Any:
                     face = "black" if tested and tested.p < LEVEL else "white"
                     axis.errorbar(mean, at, xerr=deviation, fmt="o", color="black", mfc=face, ms=5, lw=1, capsize=2)
                 theirs = quoted.of(row) if quoted else {}
-                if heads[task, name] in theirs:
-                    axis.plot(float(theirs[heads[task, name]]), at, "D", color="0.55", mfc="none", ms=6)
+                if (value := theirs.get(heads.get((task, name), ""))) is not None:
+                    axis.plot(float(value), at, "D", color="0.55", mfc="none", ms=6)
                     shown = True
             dress(axis, f"{task}: {name}" if len(study.tasks) > 1 else name, unit_name(score))
             axis.set(ylim=(len(rows) - 0.5, -0.5))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -26,13 +27,13 @@ class Published:
     Args:
         lines: digest of a run -> its line, but for those that are not there yet.
         outcomes: digest -> score -> example -> its metric.
-        environments: by what the runs were computed, by position.
+        environments: by what the runs were computed, by their ids.
     """
 
     file: Path
     lines: Mapping[str, Mapping[str, Any]]
     outcomes: Mapping[str, Mapping[str, Outcomes]]
-    environments: Sequence[Mapping[str, Any]]
+    environments: Mapping[str, Mapping[str, Any]]
 
     def record(self, run: Run, job: Job) -> Record:
         """The record of a run as it was kept; missing where it was not, or not all that the job asks for."""
@@ -67,19 +68,19 @@ def load(file: Path, flag: str) -> Published:
         ConfigError: the file or one beside it cannot be read.
     """
     try:
-        environments = json.loads(file.with_name("environments.json").read_text())["environments"]
-        examples = json.loads(file.with_name("examples.json").read_text())["examples"]
+        text = file.read_text()  # before the files beside it, of which `publish` leaves out nothing that stands in here
+        environments, examples = beside(file.parent)
         lines, outcomes = {}, {}
-        for line in map(json.loads, file.read_text().splitlines()):
+        for line in map(json.loads, text.splitlines()):
             if line["state"] == "missing":
                 continue
             digest, needed = line["digest"], {"scores", "facts"} if line["state"] == "done" else set()
-            if not needed <= line.keys() or line.get("environment", -1) >= len(environments):
+            if not needed <= line.keys() or line.get("environment") not in (None, *environments):
                 raise ValueError(f"the run {digest} is not whole")
             lines[digest] = line
             outcomes[digest] = {
-                score: dict(zip(examples[position], map(float, values), strict=True))
-                for score, (position, values) in line.get("outcomes", {}).items()
+                score: dict(zip(examples[ids], map(float, values), strict=True))
+                for score, (ids, values) in line.get("outcomes", {}).items()
             }
     except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
         raise ConfigError(
@@ -92,28 +93,37 @@ def load(file: Path, flag: str) -> Published:
 def publish(folder: Path, title: str, records: Sequence[Record]) -> Published:
     """Write `results.jsonl`, a line for every run in the order of the plan, `environments.json` and `examples.json`.
 
-    A line's `environment` is the position of what it was computed by. Its `outcomes` are those of every score that is a
-    mean over examples: the position of the examples' ids, and a value for each, as text where all are 0 or 1. What was
-    written before keeps its positions: killed between two files, this leaves what can be read.
+    A line's `environment` is the id of what it was computed by. Its `outcomes` are those of every score that is a mean
+    over examples: the id of their list, and a value for each, as text where all are 0 or 1. Killed at any point, this
+    leaves what can be read: what the lines name is there before them, and what they named goes after them.
     """
-    environments, examples = listed(folder)
-    environments += [one for one, _ in environments_of(records) if one not in environments]
-    lines = [strict_json(line_of(one, environments, examples)) for one in records]
-    computed = json.dumps({"study": title, "environments": environments}, indent=1)
-    write_atomically(folder / "environments.json", f"{computed}\n".encode())
-    write_atomically(folder / "examples.json", f"{strict_json({'study': title, 'examples': [*examples]})}\n".encode())
+    environments = {id_of(one): one for one, _ in environments_of(records)}
+    examples: dict[str, Sequence[str]] = {}
+    lines = [strict_json(line_of(one, examples)) for one in records]
+
+    def write(environments: Mapping[str, Any], examples: Mapping[str, Any]) -> None:
+        content = json.dumps({"study": title, "environments": environments}, indent=1)
+        write_atomically(folder / "environments.json", f"{content}\n".encode())
+        write_atomically(folder / "examples.json", f"{strict_json({'study': title, 'examples': examples})}\n".encode())
+
+    if (folder / RESULTS).exists():
+        before = beside(folder)
+        write(before[0] | environments, before[1] | examples)
+    else:
+        write(environments, examples)
     write_atomically(folder / RESULTS, "".join(f"{line}\n" for line in lines).encode())
+    write(environments, examples)
     return load(folder / RESULTS, "--output_dir")
 
 
-def listed(folder: Path) -> tuple[list[Mapping[str, Any]], dict[tuple[str, ...], int]]:
-    """The environments, and the lists of examples with their positions, of what was published in a folder before."""
-    try:
-        environments = json.loads((folder / "environments.json").read_text())["environments"]
-        examples = json.loads((folder / "examples.json").read_text())["examples"]
-    except FileNotFoundError:
-        return [], {}
-    return environments, {tuple(ids): at for at, ids in enumerate(examples)}
+def beside(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The environments and the lists of examples, by their ids."""
+    environments = json.loads((folder / "environments.json").read_text())["environments"]
+    return environments, json.loads((folder / "examples.json").read_text())["examples"]
+
+
+def id_of(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def strict_json(content: Mapping[str, Any]) -> str:
@@ -127,13 +137,11 @@ def environments_of(records: Sequence[Record]) -> list[tuple[Mapping[str, Any], 
     return [(one, every.count(one)) for one in distinct]
 
 
-def line_of(
-    record: Record, environments: Sequence[Mapping[str, Any]], examples: dict[tuple[str, ...], int]
-) -> dict[str, Any]:
+def line_of(record: Record, examples: dict[str, Sequence[str]]) -> dict[str, Any]:
     """Without what a run does not have.
 
     Args:
-        examples: ids -> their position; grows.
+        examples: lists by their ids; grows.
     """
     line = {
         "task": record.run.task,
@@ -150,7 +158,7 @@ def line_of(
         "experts": record.experts,
         "evaluation": None if record.job.evaluate is None else record.job.evaluation.name,
         "facts": record.facts,
-        "environment": environments.index(record.environment) if record.environment else None,
+        "environment": id_of(record.environment) if record.environment else None,
     }
     return {key: value for key, value in line.items() if value is not None}
 
@@ -164,15 +172,15 @@ def numbers(scores: Mapping[str, float | str] | None) -> dict[str, float] | None
     return None if scores is None else {key: float(one) for key, one in scores.items()}
 
 
-def outcomes_of(record: Record, examples: dict[tuple[str, ...], int]) -> dict[str, tuple[int, str | list[float | str]]]:
-    found: dict[str, tuple[int, str | list[float | str]]] = {}
+def outcomes_of(record: Record, examples: dict[str, Sequence[str]]) -> dict[str, tuple[str, str | list[float | str]]]:
+    found: dict[str, tuple[str, str | list[float | str]]] = {}
     for score in record.scores or ():
         outcomes = record.outcomes(score)
         if outcomes is not None:
-            position = examples.setdefault(tuple(outcomes), len(examples))
+            examples[ids := id_of([*outcomes])] = [*outcomes]
             whole = {*outcomes.values()} <= {0.0, 1.0}
             values = [*(texts_or_numbers(outcomes) or {}).values()]
-            found[score] = position, "".join(f"{one:.0f}" for one in outcomes.values()) if whole else values
+            found[score] = ids, "".join(f"{one:.0f}" for one in outcomes.values()) if whole else values
     return found
 
 

@@ -12,6 +12,11 @@ Dev = Mapping[str, float]  # metric -> value on dev
 LOWER_IS_BETTER = ("loss", "perplexity", "mce")
 
 
+def lower_is_better(score: str) -> bool:
+    """Whether less of `METRIC`, `SPLIT/METRIC`, or a difference of two of them, is better."""
+    return score.split(" - ")[0].rpartition("/")[2] in LOWER_IS_BETTER
+
+
 def choose(grid: Mapping[Point, Sequence[Dev | None]], metric: str) -> Point | None:
     """The point with the best mean over the seeds; of equals that with the lower mean dev loss, then the first.
 
@@ -24,7 +29,7 @@ def choose(grid: Mapping[Point, Sequence[Dev | None]], metric: str) -> Point | N
     """
 
     def badness(seeds: Sequence[Dev]) -> tuple[float, float]:
-        value = fmean(dev[metric] for dev in seeds) * (1 if metric in LOWER_IS_BETTER else -1)
+        value = fmean(dev[metric] for dev in seeds) * (1 if lower_is_better(metric) else -1)
         loss = fmean(dev["loss"] for dev in seeds)
         return (value, loss) if math.isfinite(value) else (math.inf, math.inf)
 

@@ -14,7 +14,7 @@ from lorasc_ds.study import figures, hparams, publishing, records, slurm
 from lorasc_ds.study.agreement import disagreements
 from lorasc_ds.study.estimate import estimate
 from lorasc_ds.study.options import StudyOptions, evaluate_flags, evaluation_of
-from lorasc_ds.study.overview import best_sheets, stability_sheets
+from lorasc_ds.study.overview import best_sheets, one_rate_sheets, stability_sheets
 from lorasc_ds.study.plan import Run
 from lorasc_ds.study.publishing import Published
 from lorasc_ds.study.records import DIVERGED, Record
@@ -171,4 +171,4 @@ def tell(options: StudyOptions, found: Sequence[Record]) -> None:
 
 
 def tables(results: Results) -> list[Sheet]:
-    return [*sheets(results), *best_sheets(results), *stability_sheets(results)]
+    return [*sheets(results), *stability_sheets(results), *one_rate_sheets(results), *best_sheets(results)]

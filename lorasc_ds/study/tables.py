@@ -11,9 +11,8 @@ from lorasc_ds.robustness_report import Sheet
 from lorasc_ds.study.paper import TABLES, Quoted
 from lorasc_ds.study.plan import Row, baseline_of, short, text_of
 from lorasc_ds.study.results import LEVEL, RATE, Cell, Results, metric_of, score_of, spread
-from lorasc_ds.study.selection import LOWER_IS_BETTER
+from lorasc_ds.study.selection import lower_is_better
 from lorasc_ds.study.statistics import TEST
-from lorasc_ds.study.study_config import StudyConfig
 
 PLAIN_NUMBERS = {"loss", "perplexity", "mce", "ledger"}  # in the names of scores that are no shares
 AT_AN_END = "†"
@@ -35,7 +34,7 @@ LATEX |= {
 
 
 def sheets(results: Results) -> list[Sheet]:
-    """The tables: scores with what is quoted beside them, differences, choices, and what failed."""
+    """The tables: scores with what is quoted beside them, differences, choices, warnings, and what failed."""
     found = score_sheets(results)
     if results.study.paper is not None:
         quoted = TABLES[results.study.paper]
@@ -66,7 +65,6 @@ def score_sheets(results: Results) -> list[Sheet]:
         f"mean ± standard deviation over {len(seeds)} seeds ({', '.join(map(str, seeds))}); hyper-parameters chosen by"
         " dev",
         f"↑ ↓: higher or lower than {results.baseline}, p < {LEVEL} (below)",
-        *lower_is_better(results.study),
         *incomplete(results),
     )
 
@@ -76,18 +74,19 @@ def score_sheets(results: Results) -> list[Sheet]:
         ]
 
     return [
-        Sheet(title, ("method", *(head for head, _, _ in columns)), tuple(rows(columns)), notes)
+        Sheet(
+            title,
+            ("method", *(head for head, _, _ in columns)),
+            tuple(rows(columns)),
+            (*notes, *lower_better(results, columns)),
+        )
         for title, columns in columns_of(results)
     ]
 
 
-def lower_is_better(study: StudyConfig) -> list[str]:
-    names = [name for task in study.tasks for name in study.scores if is_badness(score_of(study, task, name))]
-    return [f"the lower the better: {', '.join(dict.fromkeys(names))}"] * bool(names)
-
-
-def is_badness(score: str) -> bool:
-    return score.rpartition("/")[2] in LOWER_IS_BETTER and " - " not in score
+def lower_better(results: Results, columns: Sequence[tuple[str, str, str]]) -> list[str]:
+    heads = [head for head, task, name in columns if lower_is_better(score_of(results.study, task, name))]
+    return [f"the lower the better: {', '.join(heads)}"] * bool(heads)
 
 
 def incomplete(results: Results) -> list[str]:
@@ -198,15 +197,17 @@ def warning_sheets(results: Results) -> list[Sheet]:
     """Which signs of going wrong the chosen runs warned of, where any did."""
 
     def text(task: str, row: Row) -> str:
-        signs = Counter(
-            sign for one in results.cells[task, row.label].chosen for sign in (one.facts or {}).get("warnings", ())
-        )
-        return ", ".join(f"{sign} {count}" for sign, count in sorted(signs.items())) or "-"
+        facts = [one.facts for one in results.cells[task, row.label].chosen if one.facts and "warnings" in one.facts]
+        signs = Counter(sign for one in facts for sign in one["warnings"])
+        told = ", ".join(f"{sign} {count}/{len(facts)}" for sign, count in sorted(signs.items()))
+        return told or ("-" if facts else "?")
 
     rows = [(row.label, *(text(task, row) for task in results.study.tasks)) for row in results.rows]
-    notes = ("of so many of the runs that dev chose; what each measured and which flag to turn is in its log",)
-    told = [row for row in rows if {*row[1:]} != {"-"}]
-    return [Sheet("warnings of the chosen runs", ("method", *results.study.tasks), tuple(told), notes)] if told else []
+    notes = (
+        "of so many of the runs that dev chose and that say it; their logs have what was measured and the flag to turn",
+    )
+    told = tuple(row for row in rows if not {*row[1:]} <= {"-", "?"})
+    return [Sheet("warnings of the chosen runs", ("method", *results.study.tasks), told, notes)] if told else []
 
 
 def failure_sheets(results: Results) -> list[Sheet]:

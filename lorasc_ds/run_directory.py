@@ -169,12 +169,17 @@ def clear(directory: Path) -> None:
 
 
 def git_commit() -> str | None:
-    """Commit of the checkout this package runs from, with `-dirty` after changes; None outside of one."""
+    """Commit of the checkout this package runs from, with `-dirty` after changes; None outside of one.
+
+    Published results of studies are no changes: a study writes them where they are committed, and reads none.
+    """
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
         subprocess.run([*git, "ls-files", "--error-unmatch", Path(__file__).name], capture_output=True, check=True)
-        describe = [*git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-        return subprocess.run(describe, capture_output=True, text=True, check=True).stdout.strip()
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        places = [":(top)", ":(top,exclude)launch/studies/results"]
+        changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", *places], capture_output=True, check=False)
+        return head + ("-dirty" if changed.returncode else "")
     except (FileNotFoundError, subprocess.CalledProcessError):
         return None
 

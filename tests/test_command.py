@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from conftest import RECIPE
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertLMHeadModel, LlamaForCausalLM
 
+from lorasc_ds import run_directory
 from lorasc_ds.config import Config
 from lorasc_ds.run import next_commands
 from lorasc_ds.train import main
@@ -227,3 +229,23 @@ def test_the_next_command_is_one_that_works() -> None:
     printed = next_commands(Path("one"), Config.model_validate(bare))
     assert "merged model" not in printed
     assert "tensorboard --logdir" not in printed
+
+
+def test_the_commit_says_whether_the_code_was_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Results that studies publish beside the code change nothing of what a run computes."""
+    code, results = tmp_path / "package" / "module.py", tmp_path / "launch" / "studies" / "results" / "tables.md"
+    monkeypatch.setattr(run_directory, "__file__", str(code))
+    for file in (code, results):
+        file.parent.mkdir(parents=True)
+        file.write_text("one\n")
+    assert run_directory.git_commit() is None
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "one"]):
+        subprocess.run([*git, *command], check=True)
+    head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+    assert run_directory.git_commit() == head
+    results.write_text("two\n")
+    (tmp_path / "notes").write_text("of no repository\n")
+    assert run_directory.git_commit() == head
+    code.write_text("two\n")
+    assert run_directory.git_commit() == f"{head}-dirty"

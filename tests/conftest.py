@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = (
@@ -29,6 +29,9 @@ from lorasc_ds.stopping import Stopping
 from lorasc_ds.train import main
 from lorasc_ds.trainer import Trainer
 
+if TYPE_CHECKING:
+    from recipe_cases import TinyModels
+
 ROOT = Path(__file__).parents[1]
 RECIPE = ROOT / "launch" / "recipes" / "quickstart.yaml"
 os.fsync = os.fstat  # no test cuts the power, and the disk is waited for thousands of times
@@ -44,6 +47,14 @@ def shared_data() -> Path:
     if not path.is_dir():
         pytest.skip(f"the real data is not at {path}; set LORASC_SHARED")
     return path
+
+
+@pytest.fixture(scope="session")
+def tiny_models(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> TinyModels:
+    """A tiny model of the architecture that a hub id names."""
+    from recipe_cases import TinyModels  # which imports this file
+
+    return TinyModels(shared_data, tmp_path_factory.mktemp)
 
 
 @pytest.fixture(autouse=True)

@@ -123,11 +123,6 @@ def test_the_flags_of_a_method_make_its_recipe(row: str) -> None:
     assert settings(config, without=unused) == settings(from_recipe, without=unused)
 
 
-@pytest.fixture(scope="session")
-def tiny_models(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> TinyModels:
-    return TinyModels(shared_data, tmp_path_factory.mktemp)
-
-
 PAPER_TASKS = ["rte", "sst2", "cb", "boolq", "wsc", "wic", "multirc", "copa", "record", "squad", "drop", "gsm8k"]
 EXECUTED = [(name, None) for name in ON_OTHERS] + [("llama2-7b.yaml", task) for task in PAPER_TASKS[1:]]
 

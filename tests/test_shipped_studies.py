@@ -27,11 +27,6 @@ ROBUSTNESS = importlib.import_module("lorasc_ds.tasks.robustness")  # the packag
 LONG = pytest.mark.skipif("LORASC_LONG" not in os.environ, reason="1250 experts take minutes: see .ci/long")
 
 
-@pytest.fixture(scope="session")
-def tiny_models(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> TinyModels:
-    return TinyModels(shared_data, tmp_path_factory.mktemp)
-
-
 @pytest.mark.parametrize(
     "file",
     [path for path in sorted(STUDIES.glob("*.yaml")) if path.stem not in ("table1", "table4", "figure2")],

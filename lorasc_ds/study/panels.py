@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ from lorasc_ds.study.tables import is_plain
 
 MARKS = ("o-", "s--", "^:", "D-.", "v-", "P--", "X:", "*-.")
 GREYS = ("0.0", "0.55", "0.3")  # as many as share no divisor with the marks: 24 rows before two are alike
+LEAST_WIDTH, LETTER = 6.4, 0.1  # inches: of a figure of one panel, and of a letter of its title
 LEGEND: dict[str, Any] = {"loc": "outside lower center", "frameon": False, "fontsize": 8, "title_fontsize": 8}
 
 
@@ -21,8 +23,9 @@ def grid_of(title: str, down: int, across: int, *, width: float, height: float) 
     """A figure and its axes, (down, across); sizes of a panel in inches."""
     from matplotlib.figure import Figure  # here, since it takes a second and is needed here only
 
-    figure = Figure(figsize=(1.6 + width * across, 1.4 + height * down), layout="constrained")
-    figure.suptitle(title)
+    inches = max(LEAST_WIDTH, 1.6 + width * across)
+    figure = Figure(figsize=(inches, 1.4 + height * down), layout="constrained")
+    figure.suptitle(textwrap.fill(title, int(inches / LETTER)))
     return figure, figure.subplots(down, across, squeeze=False)
 
 
@@ -36,7 +39,10 @@ def dress(axis: Any, title: str, across: str, up: str = "") -> None:
 
 def tell_apart(figure: Any, lines: Mapping[str, Any], note: str = "") -> None:
     """A legend below all panels, a note above it."""
-    figure.legend(lines.values(), lines.keys(), title=note or None, ncols=min(4, len(lines) or 1), **LEGEND)
+    longest = max(map(len, lines), default=0)
+    across = int(figure.get_figwidth() / (0.6 + 0.07 * longest))  # a mark with its margins, and letters of 8 points
+    columns = max(1, min(4, len(lines), across))
+    figure.legend(lines.values(), lines.keys(), title=note or None, ncols=columns, **LEGEND)
 
 
 def unit(score: str) -> float:

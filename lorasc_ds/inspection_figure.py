@@ -32,7 +32,7 @@ def draw(rows: Sequence[Row], title: str) -> Any:
             "stable rank": [row.stable_rank for row in rows],
         },
     )
-    axes[0, 1].set(title="rank of the total update", ylabel="rank")
+    axes[0, 1].set(title="rank of the total update", ylabel="rank", ylim=(0, 1.3 * max(bound)))
     draw_curves(
         axes[1, 0],
         experts,
@@ -59,8 +59,8 @@ def draw(rows: Sequence[Row], title: str) -> Any:
     for axis in (one for one in axes.flat if one.get_lines()):
         axis.grid(color="0.9", lw=0.6)
         axis.spines[["top", "right"]].set_visible(False)
-        # Ranks leave room under their bound; elsewhere the best place is found.
-        place = {"loc": "upper right", "bbox_to_anchor": (1, 0.9)} if axis is axes[0, 1] else {"loc": "best"}
+        # Ranks grow from corner to corner, so room is made above them; elsewhere the best place is found.
+        place = {"loc": "upper left", "ncols": 2} if axis is axes[0, 1] else {"loc": "best"}
         axis.legend(framealpha=0.85, edgecolor="none", **place)
     return figure
 
@@ -98,3 +98,4 @@ def draw_spectra(axis: Any, rows: Sequence[Row]) -> None:
             label=f"after expert {row.expert}" if ends else None,
         )
     axis.set(title="spectrum of the total update", xlabel="index", ylabel="singular value", yscale="log")
+    axis.xaxis.get_major_locator().set_params(integer=True)

@@ -40,13 +40,6 @@ def test_a_shipped_study_is_whole(file: Path) -> None:
     assert len(options.study.seeds) >= (5 if file.stem.endswith("-mini") or "fair" in file.stem else 3)
 
 
-def test_every_study_that_two_cores_can_run_was_run() -> None:
-    """And is committed; that nothing is missing in it, `test_study_results.py` sees."""
-    small = {file.stem for file in STUDIES.glob("*.yaml") if file.stem.endswith("-mini") or "fair" in file.stem}
-    assert len(small) == len(PAPER_STUDIES) + 2
-    assert small <= {file.parent.name for file in (STUDIES / "results").glob("*/results.jsonl")}
-
-
 @pytest.mark.parametrize("name", ["fair-benchmark", "fair-benchmark-vit"])
 def test_the_fair_benchmark_tries_the_same_for_every_method_at_every_budget(name: str) -> None:
     options = parse_options([str(STUDIES / f"{name}.yaml")])

@@ -185,7 +185,8 @@ def test_rows_of_one_s_own_are_studied_by_one_command(
     assert [{*(record.outcomes("test/loss") or {})} for record in records] == [{one.id for one in tested}] * 3
     assert len(tested) == 2
     printed = capsys.readouterr().out
-    assert "the lower the better: loss of a token" in printed
+    assert "Own data: loss of a token" in printed
+    assert "the lower the better\n" in printed
     assert "best by dev" in printed, "the answer"
 
 

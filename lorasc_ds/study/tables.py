@@ -86,7 +86,8 @@ def score_sheets(results: Results) -> list[Sheet]:
 
 def lower_better(results: Results, columns: Sequence[tuple[str, str, str]]) -> list[str]:
     heads = [head for head, task, name in columns if lower_is_better(score_of(results.study, task, name))]
-    return [f"the lower the better: {', '.join(heads)}"] * bool(heads)
+    which = "" if len(heads) == len(columns) else f": {', '.join(heads)}"
+    return [f"the lower the better{which}"] * bool(heads)
 
 
 def incomplete(results: Results) -> list[str]:
